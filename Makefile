@@ -1,0 +1,53 @@
+# Tandem's commands; `make` alone prints them. CI (.ci/run) runs these and nothing else.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+BIN := .venv/bin
+READY := .venv/.ready
+# The first of these that is 3.11 or 3.12; or say `make PYTHON=/path/to/python`.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+  2>/dev/null && echo $$python && break; done)
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock"
+
+.PHONY: help demo test check fmt lock clean
+
+help:
+	@echo "make <target>"
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 10
+
+demo: $(READY) ## a whole cluster on this machine: controller, two kinds of worker, one small model
+	@$(BIN)/python -m cluster up
+
+test: export HF_HUB_OFFLINE = 1
+test: export HF_HUB_DISABLE_TELEMETRY = 1
+test: export DO_NOT_TRACK = 1
+test: $(READY) ## all tests; no GPU and no network needed
+	@$(BIN)/python -m pytest
+
+check: $(READY) ## style, types and import rules; looks and never writes
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy --strict
+	@$(BIN)/lint-imports
+
+fmt: $(READY) ## write the style that check wants
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+lock: $(READY) ## resolve requirements/*.txt anew from pyproject.toml
+	@$(COMPILE) --upgrade --extra hf --extra sglang --extra dev -o requirements/all.txt pyproject.toml
+	@$(COMPILE) --upgrade -c requirements/all.txt -o requirements/controller.txt pyproject.toml
+
+clean: ## remove everything made here, the environment too
+	@rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache run bench/out
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment, once for each lock.
+$(READY): requirements/all.txt requirements/install.py
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "Tandem needs Python 3.11 or 3.12, and none is here; install one, or: make PYTHON=/path/to/python3.12"; \
+	  exit 1; fi
+	@$(PYTHON) requirements/install.py .venv requirements/all.txt
+	@touch $@

@@ -1,0 +1,107 @@
+"""Start the controller: ``python -m controller --port 21001``.
+
+Workers register themselves (``python -m workers.hf``, ``python -m workers.sglang``); clients send
+LLaVA's requests to ``/worker_generate_stream`` or OpenAI's to ``/v1/chat/completions``.
+``GET /cluster`` shows who is there, ``/metrics`` how it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+
+from controller.aggregate import aggregate
+from controller.app import Controller, create_app
+from controller.dispatch import Dispatcher
+from controller.generation import Generator
+from controller.liveness import Liveness
+from controller.metrics import Metrics
+from controller.policy import POLICIES
+from controller.registry import Registry
+from controller.settings import ControllerSettings
+from transport import process
+from transport.client import HttpPool
+from transport.membership import Membership
+
+log = logging.getLogger("controller")
+
+
+def main() -> None:
+    settings = process.parse(ControllerSettings)
+    process.run(lambda stop: serve(settings, stop))
+
+
+def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, HttpPool]:
+    """Make the parts and join them; needs a running event loop."""
+    epoch = time.time_ns()
+    registry = Registry(
+        clock=time.monotonic, ttl_s=settings.expiry_s, on_change=lambda: on_change()
+    )
+    policy, source = POLICIES[settings.dispatch_method], random.Random()
+    dispatcher = Dispatcher(
+        registry,
+        policy,
+        random=source,
+        clock=time.monotonic,
+        max_waiting=settings.max_waiting,
+        max_waiting_bytes=settings.max_waiting_bytes,
+        max_wait_s=settings.max_wait_s,
+    )
+    liveness = Liveness(registry, ttl_s=settings.expiry_s, heartbeat_s=settings.heartbeat_s)
+
+    def on_change() -> None:
+        liveness.rewatch()
+        dispatcher.wake()
+
+    pool = HttpPool(connect_timeout_s=settings.connect_timeout_s)
+    metrics = Metrics(registry, dispatcher)
+    generator = Generator(settings, dispatcher, liveness, pool, metrics, time.monotonic)
+    controller = Controller(
+        settings=settings,
+        registry=registry,
+        liveness=liveness,
+        dispatcher=dispatcher,
+        generator=generator,
+        metrics=metrics,
+        policy=policy,
+        random=source,
+        clock=time.monotonic,
+        status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
+    )
+    return controller, pool
+
+
+async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
+    """Serve until a signal, then finish what runs; returns the exit code."""
+    sock = process.bind(settings.host, settings.port)
+    address = settings.own_address or process.address_of(sock)
+    controller, pool = wire(settings, f"controller-{sock.getsockname()[1]}")
+    server = process.Server(create_app(controller), sock, grace_s=settings.drain_timeout_s)
+    await server.start()
+    log.info("listening", extra={"address": address})
+    memberships = [
+        Membership(upstairs, address, controller.status) for upstairs in settings.register_at
+    ]
+    tasks = [asyncio.create_task(controller.liveness.run())]
+    tasks += [asyncio.create_task(membership.run()) for membership in memberships]
+    try:
+        await stop.wait()
+        log.info("draining")
+        controller.dispatcher.close()
+        stopped = asyncio.create_task(server.stop())
+        impatient = asyncio.create_task(stop.wait_impatient())
+        await asyncio.wait((stopped, impatient), return_when=asyncio.FIRST_COMPLETED)
+        impatient.cancel()
+        return 0
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await controller.liveness.aclose()
+        pool.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The life of one request: admitted, placed, relayed, retried, accounted for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from controller.dispatch import Demand, Dispatcher
+from controller.liveness import Liveness
+from controller.metrics import Metrics
+from controller.proxy import Relay
+from controller.registry import Replica
+from controller.settings import ControllerSettings
+from protocol.errors import NoReplicaAvailable, TandemError
+from protocol.events import Failed, Finished, Terminal, encode_sse
+from protocol.messages import GenerateRequest
+from transport.client import HttpPool
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is told of a request when it has ended."""
+
+    begun_at: float
+    outcome: str = "cancelled"
+    worker_id: str | None = None
+    waited_s: float = 0.0
+    ttft_s: float | None = None
+    terminal: Terminal | None = None
+
+
+class Generator:
+    """Turns a request into a stream of frames, whatever happens to the workers."""
+
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        dispatcher: Dispatcher,
+        liveness: Liveness,
+        pool: HttpPool,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._dispatcher = dispatcher
+        self._liveness = liveness
+        self._pool = pool
+        self._metrics = metrics
+        self._clock = clock
+
+    async def stream(
+        self, request: GenerateRequest, body: bytes, request_id: str
+    ) -> AsyncGenerator[bytes]:
+        """Whole SSE frames; the last one is the terminal event (law L1).
+
+        Before the first frame a lost or draining replica is excluded and the request placed
+        again, unseen by the client. ``body`` is ``request`` as JSON and goes to the worker as is.
+
+        Raises:
+            TandemError: before the first frame only; after it the error is a ``Failed`` frame.
+        """
+        account = _Account(self._clock())
+        try:
+            async with aclosing(self._placed(request, body, request_id, account)) as frames:
+                async for data in frames:
+                    yield data
+        except TandemError as error:
+            account.outcome = error.code
+            if account.ttft_s is None:
+                raise
+            yield encode_sse(Failed.of(error))
+        finally:
+            self._close(account, request, request_id)
+
+    async def _placed(
+        self, request: GenerateRequest, body: bytes, request_id: str, account: _Account
+    ) -> AsyncGenerator[bytes]:
+        """Frames from the first replica that gives any."""
+        demand = Demand.of(request, len(body))
+        excluded: frozenset[str] = frozenset()
+        lost: TandemError | None = None
+        while True:
+            asked_at = self._clock()
+            try:
+                async with self._dispatcher.lease(demand, excluded) as replica:
+                    account.waited_s += self._clock() - asked_at
+                    account.worker_id = replica.worker_id
+                    try:
+                        relayed = self._relayed(replica, request, body, request_id, account)
+                        async with aclosing(relayed) as frames:
+                            async for data in frames:
+                                yield data
+                        return
+                    except TandemError as error:
+                        self._liveness.suspect(replica, error)
+                        if account.ttft_s is not None or not error.retry_elsewhere:
+                            raise
+                        lost = error
+                        excluded |= {replica.address}
+            except NoReplicaAvailable as error:
+                raise (lost or error) from error  # what failed says more than that none is left
+            self._metrics.retries.inc()
+
+    async def _relayed(
+        self,
+        replica: Replica,
+        request: GenerateRequest,
+        body: bytes,
+        request_id: str,
+        account: _Account,
+    ) -> AsyncGenerator[bytes]:
+        """Frames of one replica, timed."""
+        relay = Relay(
+            self._pool,
+            replica,
+            first_event_timeout_s=self._settings.first_event_timeout_s,
+            event_timeout_s=self._settings.event_timeout_s,
+        )
+        last_at = 0.0
+        async with aclosing(relay.frames(body, request.prompt or "", request_id)) as frames:
+            async for data in frames:
+                now = self._clock()
+                if account.ttft_s is None:
+                    if isinstance(relay.terminal, Failed):
+                        raise relay.terminal.error()  # nothing was sent: still a refusal (L3)
+                    account.ttft_s = now - account.begun_at
+                    self._metrics.ttft_s.observe(account.ttft_s)
+                else:
+                    self._metrics.itl_s.observe(now - last_at)
+                last_at = now
+                account.terminal = relay.terminal
+                yield data
+
+    def _close(self, account: _Account, request: GenerateRequest, request_id: str) -> None:
+        """Metrics and the one log line of this request."""
+        duration_s = self._clock() - account.begun_at
+        finished = account.terminal if isinstance(account.terminal, Finished) else None
+        if finished is not None:
+            account.outcome = finished.reason
+            self._metrics.finished(finished)
+        elif isinstance(account.terminal, Failed):
+            account.outcome = account.terminal.code
+        self._metrics.requests.labels(account.outcome).inc()
+        self._metrics.duration_s.observe(duration_s)
+        self._metrics.waited_s.observe(account.waited_s)
+        log.info(
+            "finished",
+            extra={
+                "request_id": request_id,
+                "model": request.model,
+                "worker_id": account.worker_id,
+                "outcome": account.outcome,
+                "waited_s": account.waited_s,
+                "ttft_s": account.ttft_s,
+                "duration_s": duration_s,
+                "tokens": finished.completion_tokens if finished else None,
+                "cached_tokens": finished.cached_tokens if finished else None,
+            },
+        )

@@ -1,0 +1,59 @@
+"""Which replica gets a request: pure functions, the random source passed in.
+
+Each takes the replicas that may serve the request and have room, at least one, and returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from controller.registry import Replica
+from protocol.messages import GenerateRequest
+
+CHARS_PER_TOKEN = 4  # the controller has no tokenizer; English averages about four
+
+_MIN_SPEED = 1e-3  # tokens/s; a worker that measured nothing must not divide by zero
+
+
+class Random(Protocol):
+    """The part of ``random.Random`` that policies use."""
+
+    def random(self) -> float:
+        """Uniform in [0, 1)."""
+        ...
+
+
+Policy = Callable[[Sequence[Replica], Random], Replica]
+
+
+def work_of(request: GenerateRequest) -> float:
+    """How much a request asks for, in tokens: prompt, images and answer at their most.
+
+    Images count as 576 tokens each, LLaVA-1.5's figure, as replicas of one model agree on it and
+    only ratios matter.
+    """
+    prompt_tokens = request.prompt_chars / CHARS_PER_TOKEN + 576 * len(request.images)
+    return prompt_tokens + request.max_new_tokens - len(request.resume_token_ids)
+
+
+def lottery(replicas: Sequence[Replica], random: Random) -> Replica:
+    """In proportion to measured speed."""
+    weights = [max(replica.status.speed, _MIN_SPEED) for replica in replicas]
+    drawn = random.random() * sum(weights)
+    for replica, weight in zip(replicas, weights, strict=True):
+        drawn -= weight
+        if drawn < 0:
+            return replica
+    return replicas[-1]
+
+
+def shortest_queue(replicas: Sequence[Replica], random: Random) -> Replica:
+    """Least work ahead per unit of speed; ties at random, or one idle worker would get all."""
+    ahead = [r.inflight_work / max(r.status.speed, _MIN_SPEED) for r in replicas]
+    least = min(ahead)
+    tied = [replica for replica, time_s in zip(replicas, ahead, strict=True) if time_s == least]
+    return tied[int(random.random() * len(tied))]
+
+
+POLICIES: dict[str, Policy] = {"lottery": lottery, "shortest_queue": shortest_queue}

@@ -1,0 +1,63 @@
+"""Settings of the controller."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from transport.process import ProcessSettings, check_address
+
+
+class ControllerSettings(ProcessSettings):
+    """One controller fronts all workers; clients talk to it and to nothing else."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m controller")
+
+    port: int = Field(default=21001, ge=0, le=65535, description="port to listen on; 0: any")
+    dispatch_method: Literal["lottery", "shortest_queue"] = Field(
+        default="shortest_queue",
+        description="lottery: in proportion to speed; shortest_queue: least work per speed",
+    )
+    heartbeat_s: float = Field(default=30.0, gt=0, description="seconds between heartbeats")
+    expiry_s: float = Field(
+        default=90.0, gt=0, description="a worker that is silent for so long is forgotten"
+    )
+    max_waiting: int = Field(default=1024, ge=0, description="requests that may wait for a slot")
+    max_waiting_bytes: int = Field(
+        default=1 << 30, ge=0, description="bytes of request bodies that may wait"
+    )
+    max_wait_s: float = Field(default=120.0, gt=0, description="longest wait for a slot")
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, description="largest request body")
+    connect_timeout_s: float = Field(default=2.0, gt=0, description="limit to reach a worker")
+    first_event_timeout_s: float = Field(
+        default=300.0, gt=0, description="limit to a worker's first token"
+    )
+    event_timeout_s: float = Field(
+        default=60.0, gt=0, description="limit between two tokens of a stream"
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="time running requests get to finish on SIGTERM"
+    )
+    register_at: tuple[str, ...] = Field(
+        default=(), description="controller to register at, as if this one were a worker"
+    )
+    own_address: str | None = Field(
+        default=None, description="address --register-at reaches this at, if not host:port"
+    )
+
+    @field_validator("register_at", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("register_at")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_address(address) for address in value)
+
+    @field_validator("own_address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return None if value is None else check_address(value)

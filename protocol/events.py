@@ -1,0 +1,236 @@
+r"""The event stream of one generation, and its two framings.
+
+A stream is ``Delta* (Finished | Failed)`` with nothing after it (law L1).
+
+*SSE* (``Accept: text/event-stream``): one event a frame, named by its type ::
+
+    event: delta
+    data: {"type":"delta","text":"The","token_ids":[464]}
+
+*NUL-delimited cumulative JSON* (anything else): LLaVA's wire, each frame the prompt and the
+whole answer so far. LLaVA has no terminal message, so ours is a frame whose ``finish_reason`` is
+set (FastChat's convention) or whose ``error_code`` is not 0 ::
+
+    {"text": "<prompt>The circle", "error_code": 0, "finish_reason": null}\0
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, TypeAdapter, ValidationError
+
+from protocol.errors import TandemError, UpstreamLost, from_wire
+from protocol.messages import Message
+
+SSE_MEDIA_TYPE = "text/event-stream"
+NUL_MEDIA_TYPE = "application/octet-stream"
+
+
+class Delta(Message):
+    """New text (never half a character) and the new token ids it came from.
+
+    ``text`` may be empty while a character or a possible stop string is incomplete.
+    """
+
+    type: Literal["delta"] = "delta"
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[dict[str, Any], ...] | None = None
+
+
+class Finished(Message):
+    """The answer is complete. ``completion_tokens`` counts resumed tokens too.
+
+    ``cached_tokens`` of ``prompt_tokens`` were not computed again, thanks to the prefix cache.
+    """
+
+    type: Literal["finished"] = "finished"
+    reason: Literal["stop", "length"]
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class Failed(Message):
+    """The answer ends here, unfinished, and this is why."""
+
+    type: Literal["failed"] = "failed"
+    code: str
+    message: str
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, error: TandemError) -> Failed:
+        return cls(code=error.code, message=error.message, remedy=error.remedy)
+
+    def error(self) -> TandemError:
+        return from_wire(self.code, self.message, self.remedy)
+
+
+Event = Delta | Finished | Failed
+Terminal = Finished | Failed
+_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+
+
+def is_terminal(event: Event) -> bool:
+    return not isinstance(event, Delta)
+
+
+# ---------------------------------------------------------------- SSE
+
+DELTA_PREFIX = b"event: delta\n"
+FRAME_END = b"\n\n"
+
+
+def encode_sse(event: Event) -> bytes:
+    """One SSE frame. JSON escapes line breaks, so a frame has exactly two lines."""
+    data = event.model_dump(exclude_none=True)
+    return b"event: %b\ndata: %b\n\n" % (event.type.encode(), orjson.dumps(data))
+
+
+def decode_sse_frame(frame: bytes) -> Event | None:
+    """The event of one frame without its blank line; ``None`` for a comment.
+
+    Raises:
+        UpstreamLost: the frame is not one of ours.
+    """
+    data = b"\n".join(
+        line[5:].removeprefix(b" ")
+        for line in frame.replace(b"\r\n", b"\n").split(b"\n")
+        if line.startswith(b"data:")
+    )
+    if not data:
+        return None
+    try:
+        return _EVENT.validate_json(data)
+    except ValidationError as exc:
+        raise UpstreamLost("the worker sent an event that cannot be read") from exc
+
+
+class SseDecoder:
+    """Bytes, split anywhere, to events."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events completed by ``data``.
+
+        Raises:
+            UpstreamLost: a frame is not one of ours.
+        """
+        *frames, self._buffer = (self._buffer + data).split(FRAME_END)
+        events = (decode_sse_frame(frame) for frame in frames)
+        return [event for event in events if event is not None]
+
+    @property
+    def pending(self) -> bool:
+        """True while part of a frame is held back."""
+        return bool(self._buffer)
+
+
+# ---------------------------------------------------------------- NUL-delimited cumulative JSON
+
+
+class NulEncoder:
+    """Events to LLaVA's frames; holds the prompt and the answer so far."""
+
+    def __init__(self, prompt: str) -> None:
+        self._text = prompt
+
+    def encode(self, event: Event) -> bytes:
+        frame: dict[str, Any] = {"text": self._text, "error_code": 0, "finish_reason": None}
+        if isinstance(event, Delta):
+            self._text += event.text
+            frame |= {"text": self._text, "token_ids": event.token_ids}
+            if event.logprobs is not None:
+                frame["logprobs"] = event.logprobs
+        elif isinstance(event, Finished):
+            frame["finish_reason"] = event.reason
+            frame["usage"] = {
+                "prompt_tokens": event.prompt_tokens,
+                "completion_tokens": event.completion_tokens,
+                "total_tokens": event.prompt_tokens + event.completion_tokens,
+                "cached_tokens": event.cached_tokens,
+            }
+        else:
+            # LLaVA's clients show ``text`` in place of the answer, so it holds the sentence.
+            frame |= event.error().body() | {"finish_reason": "error", "partial": self._text}
+        return orjson.dumps(frame) + b"\0"
+
+
+class NulDecoder:
+    """Bytes of LLaVA's, FastChat's or our own cumulative frames, split anywhere, to events."""
+
+    def __init__(self, prompt: str) -> None:
+        self._buffer = b""
+        self._prompt = prompt
+        self._seen: str | None = None  # the cumulative text so far; None before the first frame
+        self._names_its_end = False  # this worker sends finish_reason: its silence is a loss
+        self._done = False
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events completed by ``data``; nothing after a terminal event.
+
+        Raises:
+            UpstreamLost: a frame is not one of LLaVA's, or takes text back.
+        """
+        *frames, self._buffer = (self._buffer + data).split(b"\0")
+        events: list[Event] = []
+        for frame in frames:
+            if frame and not self._done:
+                events += self._decode(frame)
+        return events
+
+    def end(self) -> list[Event]:
+        """The events due when the body ended cleanly: a LLaVA worker says "done" only so."""
+        if self._done or self._names_its_end or self._buffer or self._seen is None:
+            return []
+        self._done = True
+        return [Finished(reason="stop")]
+
+    def _decode(self, frame: bytes) -> list[Event]:
+        try:
+            fields = orjson.loads(frame)
+            text = fields["text"]
+            error_code = int(fields.get("error_code") or 0)
+            finish_reason = fields.get("finish_reason")
+            token_ids = tuple(fields.get("token_ids") or ())
+            usage = fields.get("usage") or {}
+        except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as exc:
+            raise UpstreamLost("the worker sent a frame that is not LLaVA's JSON") from exc
+        self._names_its_end |= "finish_reason" in fields
+        if error_code:
+            self._done = True
+            error = fields.get("error") or {}
+            return [
+                Failed(
+                    code=error.get("code", "engine_failed"),
+                    message=error.get("message", text or "The worker reported an error."),
+                    remedy=error.get("remedy", "Look into the worker's log; it names the cause."),
+                )
+            ]
+        events: list[Event] = []
+        if not isinstance(text, str):
+            raise UpstreamLost("the worker sent a frame without text")
+        if self._seen is None:  # LLaVA echoes the prompt, FastChat need not
+            self._seen = self._prompt if text.startswith(self._prompt) else ""
+        if not text.startswith(self._seen):
+            raise UpstreamLost("the worker took back text it had already sent")
+        if len(text) > len(self._seen) or token_ids:
+            delta = Delta(text=text[len(self._seen) :], token_ids=token_ids)
+            self._seen = text
+            events.append(delta)
+        if finish_reason:
+            self._done = True
+            events.append(
+                Finished(
+                    reason="length" if finish_reason == "length" else "stop",
+                    prompt_tokens=usage.get("prompt_tokens", 0),
+                    completion_tokens=usage.get("completion_tokens", 0),
+                    cached_tokens=usage.get("cached_tokens", 0),
+                )
+            )
+        return events

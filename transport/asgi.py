@@ -1,0 +1,185 @@
+"""Answering streams: the raw ASGI endpoints of the controller and the workers are made of these.
+
+FastAPI serves the control routes; per token its response machinery costs more than the relay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import orjson
+from anyio import CancelScope
+from pydantic import BaseModel, ValidationError
+from starlette.types import Message, Receive, Scope, Send
+
+from protocol.errors import InvalidRequest, TandemError
+from protocol.events import SSE_MEDIA_TYPE
+
+REQUEST_ID_HEADER = b"x-request-id"
+
+M = TypeVar("M", bound=BaseModel)
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def accepts_sse(scope: Scope) -> bool:
+    """Whether the client asked for SSE; otherwise it gets LLaVA's NUL-delimited frames."""
+    return SSE_MEDIA_TYPE.encode() in (header(scope, b"accept") or b"")
+
+
+def request_id(scope: Scope) -> str:
+    """The client's ``X-Request-Id`` if it is printable ASCII of sane length, else a new one."""
+    given = (header(scope, REQUEST_ID_HEADER) or b"").decode("ascii", "ignore")
+    return given if 0 < len(given) <= 128 and given.isprintable() else uuid4().hex
+
+
+async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        InvalidRequest: it is larger than ``limit_bytes``; refused from its declared length before
+            it is read, or as soon as it grows too large.
+        ClientLeft: the client went away while sending.
+    """
+    declared = header(scope, b"content-length") or b""
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(int(declared), limit_bytes)
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > limit_bytes:
+            raise _too_large(size, limit_bytes)
+        pieces.append(piece)
+        if not message.get("more_body"):
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class ClientLeft(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def _too_large(size: int, limit: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"The body has {size} bytes or more; the limit is {limit}.",
+        remedy="Send smaller or fewer images, or raise --max-body-bytes.",
+    )
+
+
+def parse(model: type[M], body: bytes) -> M:
+    """Validate a JSON body.
+
+    Raises:
+        InvalidRequest: it is not JSON, or a field is wrong; the sentence names the field.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as exc:
+        raise invalid_request(exc.errors(include_url=False, include_input=False)) from exc
+
+
+def validate(model: type[M], fields: Mapping[str, Any]) -> M:
+    """Validate fields that are not JSON; raises as ``parse`` does."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as exc:
+        raise invalid_request(exc.errors(include_url=False, include_input=False)) from exc
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
+    """Pydantic's findings as one sentence; at most three of them, without the client's values."""
+    sentences = []
+    for error in errors[:3]:
+        place = ".".join(str(part) for part in error["loc"] if part not in ("body", "json"))
+        text = str(error["msg"]).removeprefix("Value error, ")
+        sentences.append(f"{place}: {text}" if place else text)
+    return InvalidRequest("; ".join(sentences) + ".")
+
+
+async def send_json(send: Send, status: int, body: object, headers: Headers = ()) -> None:
+    data = orjson.dumps(body)
+    start = {
+        "type": "http.response.start",
+        "status": status,
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(data)),
+            *headers,
+        ],
+    }
+    await send(start)
+    await send({"type": "http.response.body", "body": data})
+
+
+def retry_after(error: TandemError) -> list[tuple[bytes, bytes]]:
+    """The ``Retry-After`` header of an error that has one, in whole seconds, at least 1."""
+    if error.retry_after_s is None:
+        return []
+    return [(b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s)))]
+
+
+async def send_error(send: Send, error: TandemError, headers: Headers = ()) -> None:
+    """A refusal: HTTP status and JSON (law L3)."""
+    await send_json(send, error.status, error.body(), [*retry_after(error), *headers])
+
+
+async def respond(
+    receive: Receive,
+    send: Send,
+    chunks: AsyncGenerator[bytes],
+    *,
+    media_type: str,
+    headers: Headers = (),
+) -> None:
+    """Send ``chunks`` as they come; call it after the body has been read.
+
+    A ``TandemError`` before the first chunk becomes a refusal; after it, ``chunks`` itself has to
+    end the stream. A client that leaves cancels ``chunks``, waiting or streaming, and the
+    generator has been closed when this returns.
+    """
+    # No task group: it would wrap a typed refusal into an ExceptionGroup.
+    with CancelScope() as scope:
+        watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, scope))
+        try:
+            async with aclosing(chunks):
+                try:
+                    first = await anext(chunks, b"")
+                except TandemError as error:
+                    await send_error(send, error, headers)
+                    return
+                start: Message = {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [
+                        (b"content-type", media_type.encode()),
+                        (b"cache-control", b"no-cache"),
+                        (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+                        *headers,
+                    ],
+                }
+                await send(start)
+                await send({"type": "http.response.body", "body": first, "more_body": True})
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        finally:
+            watcher.cancel()
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: CancelScope) -> None:
+    """Uvicorn tells of a client's leaving only to somebody who is receiving."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()

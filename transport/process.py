@@ -1,0 +1,214 @@
+"""What every process of a cluster does around its work: parse settings, log, serve, stop.
+
+Exit codes: 0 a clean stop, 2 a bad setting, 3 could not start, 70 the engine died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import uvicorn
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from starlette.types import ASGIApp
+
+from protocol import logs
+
+EXIT_USAGE = 2
+EXIT_START_FAILED = 3
+EXIT_ENGINE_DIED = 70
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+log = logging.getLogger("tandem")
+
+
+class ProcessSettings(BaseSettings):
+    """Settings of every process: flag over environment (``TANDEM_...``) over default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TANDEM_",
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags="toggle",
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        nested_model_default_partial_update=False,
+    )
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="least severe entry that is logged"
+    )
+    log_json: bool = Field(default=False, description="log one JSON object a line")
+
+
+S = TypeVar("S", bound=ProcessSettings)
+
+
+def parse(cls: type[S], argv: Sequence[str] | None = None, **extra: Any) -> S:
+    """The settings from ``argv`` (the command line when ``None``) and the environment.
+
+    A bad flag or value ends the process with a sentence and exit code 2. Logging is configured
+    as they say, and they are logged once, secrets masked.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = CliApp.run(cls, cli_args=args, **extra)
+    except ValidationError as exc:
+        for error in exc.errors(include_url=False, include_input=False):
+            flag = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else "settings"
+            _complain(f"{flag}: {error['msg'].removeprefix('Value error, ')}")
+        raise SystemExit(EXIT_USAGE) from None
+    except SettingsError as exc:
+        usage_error(str(exc))
+    logs.configure(level=settings.log_level, as_json=settings.log_json)
+    # model_dump_json masks SecretStr fields.
+    log.info("settings %s", settings.model_dump_json())
+    return settings
+
+
+def usage_error(sentence: str) -> NoReturn:
+    """End the process over a mistake of its user: one sentence, exit code 2."""
+    _complain(sentence)
+    raise SystemExit(EXIT_USAGE)
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"error: {sentence}\n")
+
+
+def bind(host: str, port: int | None, *, first_free: int = 0) -> socket.socket:
+    """A listening socket on ``port``; when it is ``None``, on the first free one from
+    ``first_free`` up (0: any).
+
+    A port that is taken ends the process with a sentence and exit code 2.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    candidates = [port] if port is not None else range(first_free, first_free + 1000)
+    for candidate in candidates:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, candidate))
+        except OSError as exc:
+            sock.close()
+            if exc.errno == errno.EADDRINUSE and port is None:
+                continue
+            reason = "is taken by another process" if exc.errno == errno.EADDRINUSE else str(exc)
+            usage_error(f"{host}:{candidate} {reason}; choose another with --port.")
+        sock.listen(4096)
+        sock.setblocking(False)
+        return sock
+    usage_error(f"No free port from {first_free} to {first_free + 999} on {host}.")
+
+
+def address_of(sock: socket.socket) -> str:
+    """``http://host:port`` at which ``sock`` is reached from this machine."""
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_address(address: str) -> str:
+    """``address`` without its trailing slash.
+
+    Raises:
+        ValueError: it is not ``http://host:port``.
+    """
+    parts = urlsplit(address.rstrip("/"))
+    try:
+        valid = parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
+    except ValueError:  # a port that is no number, or above 65535
+        valid = False
+    if not valid:
+        raise ValueError(f"{address!r} is not an address like http://127.0.0.1:21001")
+    return address.rstrip("/")
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn without its own signal handlers: signals are the process's business."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Server:
+    """A uvicorn server on a bound socket, started and stopped by its owner."""
+
+    def __init__(self, app: ASGIApp, sock: socket.socket, *, grace_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            http="httptools",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(grace_s)),
+            lifespan="off",
+            backlog=4096,
+        )
+        self._uvicorn = _Server(config)
+        self._sock = sock
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Return when requests are accepted."""
+        self._task = asyncio.create_task(self._uvicorn.serve(sockets=[self._sock]))
+        while not self._uvicorn.started:
+            if self._task.done():
+                self._task.result()
+                raise RuntimeError("the server ended while it was starting")
+            await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        """Stop listening, let open requests end within the grace period, then cancel them."""
+        if self._task is not None:
+            self._uvicorn.should_exit = True
+            await self._task
+
+
+def run(main: Callable[[StopSignal], Awaitable[int]]) -> NoReturn:
+    """Run ``main`` on uvloop and exit with the code it returns."""
+    import uvloop
+
+    async def supervised() -> int:
+        return await main(StopSignal())
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        code = runner.run(supervised())
+    raise SystemExit(code)
+
+
+class StopSignal:
+    """SIGTERM and SIGINT as something to wait for; the second one means: at once."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._first = asyncio.Event()
+        self._second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        self._count += 1
+        (self._first if self._count == 1 else self._second).set()
+
+    async def wait(self) -> None:
+        await self._first.wait()
+
+    async def wait_impatient(self) -> None:
+        await self._second.wait()

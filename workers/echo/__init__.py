@@ -1,0 +1,1 @@
+"""The reference engine: no model, no torch; for tests and for measuring the controller."""

@@ -1,0 +1,72 @@
+"""The interface every worker kind implements: what turns a request into tokens.
+
+The shell has already validated the request, decoded its images, checked the capabilities it
+needs and taken one of ``capacity`` slots; it turns a ``TandemError`` raised by the engine into a
+refusal (before the first event) or a ``Failed`` event (after it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protocol.events import Delta, Finished
+from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from workers.images import Picture
+
+Progress = Callable[[str], None]
+"""Called by a starting engine with a few words on what it does now."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a started engine is; fixed for its life."""
+
+    capacity: int  # requests decoded at once
+    context_length: int  # tokens, prompt and answer together
+    capabilities: Capabilities
+    precision: str  # of the weights: "float32", "bfloat16", "nf4", ...
+    device: str  # "cpu", "cuda:0", ...
+    image_tokens: int = 0  # tokens an image takes, for estimates of work
+    adapters: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One loaded model. Lives on one event loop; none of its coroutines may block it."""
+
+    async def start(self, progress: Progress) -> EngineInfo:
+        """Load everything; return when the first request can be served.
+
+        Raises:
+            EngineFailed: the model cannot be loaded or served; the message says what to do.
+        """
+        ...
+
+    def generate(
+        self, request: GenerateRequest, images: Sequence[Picture]
+    ) -> AsyncGenerator[Delta | Finished]:
+        """Yield ``Delta* Finished``; closing the generator aborts the work within 100 ms.
+
+        Raises:
+            ContextOverflow, InvalidRequest, Unsupported: the request cannot be served.
+            EngineFailed, OutOfMemory: it could not be served.
+        """
+        ...
+
+    async def failed(self) -> None:
+        """Return never while the engine is well.
+
+        Raises:
+            EngineFailed: it has died; raised within 2 s of its death.
+        """
+        ...
+
+    def cache(self) -> CacheStatus | None:
+        """The prefix cache now; ``None`` when there is none."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop and release everything; harmless when repeated or when ``start`` failed."""
+        ...

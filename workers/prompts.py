@@ -1,0 +1,71 @@
+"""From a request to the text the model reads; the same for every kind, so that the tokens are.
+
+The chat template belongs to the model's own processor (law L4); this only feeds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from protocol.errors import InvalidRequest, Unsupported
+from protocol.messages import IMAGE_PLACEHOLDER, ChatMessage, GenerateRequest, TextPart
+
+ApplyTemplate = Callable[[list[dict[str, Any]]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """What the tokenizer gets; one ``image_token`` stands for each image."""
+
+    text: str
+    add_special_tokens: bool  # a chat template has written them already
+
+
+def render(
+    request: GenerateRequest, *, image_token: str | None, apply_template: ApplyTemplate | None
+) -> PromptText:
+    """Write the prompt of ``request`` for a model with this ``image_token`` and chat template.
+
+    Raises:
+        InvalidRequest: the model has no chat template, the template refuses the messages, or the
+            text holds the model's own image token so that the placeholders no longer match the
+            images.
+        Unsupported: images for a model without an ``image_token``.
+    """
+    if request.images and image_token is None:
+        raise Unsupported("This model takes no images.", remedy="Choose a vision-language model.")
+    if request.prompt is not None:
+        text = request.prompt
+        if image_token is not None:
+            text = text.replace(IMAGE_PLACEHOLDER, image_token)
+    elif apply_template is None:
+        raise InvalidRequest(
+            "This model has no chat template.", remedy="Send prompt instead of messages."
+        )
+    else:
+        turns = [_turn(turn, as_parts=image_token is not None) for turn in request.messages or ()]
+        try:
+            text = apply_template(turns)
+        except Exception as exc:  # a template may raise anything on odd turns
+            raise InvalidRequest(
+                f"The model's chat template refused the messages: {exc}",
+                remedy="Let user and assistant take turns, or send prompt instead of messages.",
+            ) from exc
+    if image_token is not None and text.count(image_token) != len(request.images):
+        raise InvalidRequest(
+            f"The text holds {text.count(image_token)} {image_token} for {len(request.images)} "
+            "images.",
+            remedy=f"Remove the literal {image_token} from the text.",
+        )
+    return PromptText(text, add_special_tokens=request.prompt is not None)
+
+
+def _turn(turn: ChatMessage, *, as_parts: bool) -> dict[str, Any]:
+    """One turn as templates expect it: a list of parts for a VLM, a string for a plain LLM."""
+    parts = turn.parts
+    if as_parts:
+        return {"role": turn.role, "content": [part.model_dump() for part in parts]}
+    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    return {"role": turn.role, "content": text}
