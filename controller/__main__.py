@@ -90,15 +90,13 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await stop.wait()
         log.info("draining")
         controller.dispatcher.close()
-        stopped = asyncio.create_task(server.stop())
-        impatient = asyncio.create_task(stop.wait_impatient())
-        await asyncio.wait((stopped, impatient), return_when=asyncio.FIRST_COMPLETED)
-        impatient.cancel()
+        await process.first_of(server.stop(), stop.wait_impatient())
         return 0
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await server.kill()
         await controller.liveness.aclose()
         pool.close()
 

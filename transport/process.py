@@ -179,6 +179,13 @@ class Server:
             self._uvicorn.should_exit = True
             await self._task
 
+    async def kill(self) -> None:
+        """Stop listening and cancel open requests at once; harmless after ``stop``."""
+        self._uvicorn.force_exit = True
+        for task in list(self._uvicorn.server_state.tasks):
+            task.cancel()
+        await self.stop()
+
 
 def run(main: Callable[[StopSignal], Awaitable[int]]) -> NoReturn:
     """Run ``main`` on uvloop and exit with the code it returns."""
@@ -190,6 +197,19 @@ def run(main: Callable[[StopSignal], Awaitable[int]]) -> NoReturn:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(supervised())
     raise SystemExit(code)
+
+
+async def first_of(*awaitables: Awaitable[object]) -> None:
+    """Return when the first has ended, raising its exception if it has one; cancel the others."""
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class StopSignal:
@@ -206,6 +226,10 @@ class StopSignal:
     def _on_signal(self) -> None:
         self._count += 1
         (self._first if self._count == 1 else self._second).set()
+
+    @property
+    def given(self) -> bool:
+        return self._first.is_set()
 
     async def wait(self) -> None:
         await self._first.wait()

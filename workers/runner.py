@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable
 from contextlib import suppress
 from typing import NoReturn, Protocol
 
@@ -64,7 +63,7 @@ class _Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await server.stop()
+            await server.kill()
             await self._engine.aclose()
 
     def _announce(self) -> None:
@@ -74,19 +73,20 @@ class _Worker:
 
     async def _work(self, stop: process.StopSignal) -> int:
         try:
-            if not await _before(stop.wait(), self._load()):
-                return 0
+            await process.first_of(self._load(), stop.wait())
         except TandemError as error:
             log.error("could not start: %s %s", error.message, error.remedy)
             return process.EXIT_START_FAILED
+        if stop.given:
+            return 0
         self._shell.ready()
         try:
-            await _before(stop.wait(), self._engine.failed())
+            await process.first_of(self._engine.failed(), stop.wait())
         except TandemError as error:
             log.error("the engine died: %s", error.message)
             self._shell.fail(error)
             # The streams that ran end by themselves now, with the engine's error.
-            await _before(asyncio.sleep(1), self._shell.idle())
+            await process.first_of(self._shell.idle(), asyncio.sleep(1))
             return process.EXIT_ENGINE_DIED
         self._shell.drain()
         with suppress(TimeoutError):
@@ -95,7 +95,7 @@ class _Worker:
         deadline_s = self._settings.drain_timeout_s
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
-                await _before(stop.wait_impatient(), self._shell.idle())
+                await process.first_of(self._shell.idle(), stop.wait_impatient())
         return 0
 
     async def _load(self) -> None:
@@ -107,18 +107,3 @@ class _Worker:
     def _progress(self, words: str) -> None:
         self._shell.progress = words
         log.info(words, extra={"worker_id": self._shell.worker_id})
-
-
-async def _before(first: Awaitable[None], second: Awaitable[None]) -> bool:
-    """Wait for either; whether ``second`` has ended, and its exception if it raised one."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[1].done():
-            tasks[1].result()
-            return True
-        return False
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

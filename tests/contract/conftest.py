@@ -1,0 +1,55 @@
+"""One worker of each kind, started once, as its users start it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Process, running
+
+# float32: on the CPU both engines then compute the same numbers.
+FLAGS = {
+    "echo": ("--model-name", "pocket-llava", "--first-delay-s", "0.02", "--delay-s", "0.001"),
+    "hf": ("--dtype", "float32", "--device", "cpu"),
+    "sglang": ("--dtype", "float32", "--device", "cpu"),
+}
+START_TIMEOUT_S = 240  # SGLang imports for half a minute, longer on a busy machine
+
+
+@dataclass(frozen=True)
+class Worker:
+    kind: str
+    address: str
+    process: Process
+
+
+class Workers:
+    """Workers by kind, started when first asked for."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._started: dict[str, Worker] = {}
+
+    def __getitem__(self, kind: str) -> Worker:
+        if kind not in self._started:
+            flags = ("--port", "0", "--no-register", *FLAGS[kind])
+            process = self._stack.enter_context(running(self._folder, f"workers.{kind}", *flags))
+            address = process.wait_ready(START_TIMEOUT_S)
+            self._started[kind] = Worker(kind, address, process)
+        return self._started[kind]
+
+
+@pytest.fixture(scope="session")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    with ExitStack() as stack:
+        yield Workers(tmp_path_factory.mktemp("workers"), stack)
+
+
+@pytest.fixture(params=list(FLAGS))
+def worker(request: pytest.FixtureRequest, workers: Workers) -> Worker:
+    return workers[request.param]

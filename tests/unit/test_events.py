@@ -1,0 +1,164 @@
+"""Both framings: any event stream, any Unicode, any split of the bytes."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import Overloaded, UpstreamLost
+from protocol.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    NulDecoder,
+    NulEncoder,
+    SseDecoder,
+    encode_sse,
+)
+
+prompts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+deltas = st.builds(
+    Delta,
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    token_ids=st.lists(st.integers(0, 2**31), min_size=1, max_size=4).map(tuple),
+)
+finished = st.builds(
+    Finished,
+    reason=st.sampled_from(["stop", "length"]),
+    prompt_tokens=st.integers(0, 10**6),
+    completion_tokens=st.integers(0, 10**6),
+    cached_tokens=st.integers(0, 10**6),
+)
+failed = st.builds(
+    Failed,
+    code=st.sampled_from(["upstream_lost", "engine_failed", "out_of_memory"]),
+    message=prompts.filter(bool),
+    remedy=prompts,
+)
+streams = st.tuples(st.lists(deltas, max_size=8), finished | failed).map(lambda s: [*s[0], s[1]])
+
+
+def split(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
+    return [data[a:b] for a, b in pairwise(places)]
+
+
+@given(streams, st.lists(st.integers(0, 10**6), max_size=30))
+def test_sse_survives_any_split(events: list[Event], cuts: list[int]) -> None:
+    data = b"".join(encode_sse(event) for event in events)
+    decoder = SseDecoder()
+    assert [e for piece in split(data, cuts) for e in decoder.feed(piece)] == events
+    assert not decoder.pending
+
+
+@given(streams, prompts, st.lists(st.integers(0, 10**6), max_size=30))
+def test_nul_frames_survive_any_split(events: list[Event], prompt: str, cuts: list[int]) -> None:
+    encoder = NulEncoder(prompt)
+    data = b"".join(encoder.encode(event) for event in events)
+    decoder = NulDecoder(prompt)
+    decoded = [e for piece in split(data, cuts) for e in decoder.feed(piece)]
+    assert decoded + decoder.end() == events
+
+
+@given(st.lists(deltas, min_size=1, max_size=8), prompts)
+def test_nul_frames_are_cumulative_and_begin_with_the_prompt(
+    events: list[Delta], prompt: str
+) -> None:
+    encoder = NulEncoder(prompt)
+    frames = [orjson.loads(encoder.encode(event)[:-1]) for event in events]
+    for count, frame in enumerate(frames, start=1):
+        assert frame["text"] == prompt + "".join(event.text for event in events[:count])
+        assert frame["error_code"] == 0
+
+
+@given(streams)
+def test_sse_frames_are_two_lines(events: list[Event]) -> None:
+    for event in events:
+        frame = encode_sse(event)
+        assert frame.endswith(b"\n\n")
+        assert frame.count(b"\n") == 3
+        assert frame.startswith(b"event: %b\n" % event.type.encode())
+
+
+def test_sse_comments_and_carriage_returns() -> None:
+    decoder = SseDecoder()
+    assert decoder.feed(b": ping\n\n") == []
+    frame = encode_sse(Delta(text="a")).replace(b"\n", b"\r\n").replace(b"\r\n\r\n", b"\n\n")
+    assert decoder.feed(frame) == [Delta(text="a")]
+
+
+@pytest.mark.parametrize(
+    "data", [b"data: {}\n\n", b"data: nonsense\n\n", b'data: {"type":"x"}\n\n']
+)
+def test_a_foreign_event_is_a_lost_upstream(data: bytes) -> None:
+    with pytest.raises(UpstreamLost):
+        SseDecoder().feed(data)
+
+
+def frame(**fields: object) -> bytes:
+    return orjson.dumps(fields) + b"\0"
+
+
+def test_llavas_worker_ends_by_ending() -> None:
+    decoder = NulDecoder("Hi")
+    assert decoder.feed(frame(text="Hi there", error_code=0)) == [Delta(text=" there")]
+    assert decoder.end() == [Finished(reason="stop")]
+
+
+def test_a_worker_that_names_its_end_must_name_it() -> None:
+    decoder = NulDecoder("Hi")
+    decoder.feed(frame(text="Hi there", error_code=0, finish_reason=None))
+    assert decoder.end() == []
+
+
+def test_a_body_cut_inside_a_frame_has_no_end() -> None:
+    decoder = NulDecoder("Hi")
+    decoder.feed(frame(text="Hi there", error_code=0) + b'{"text": "Hi the')
+    assert decoder.end() == []
+
+
+def test_a_worker_that_does_not_echo_the_prompt() -> None:
+    decoder = NulDecoder("Hi")
+    assert decoder.feed(frame(text="Yes", error_code=0)) == [Delta(text="Yes")]
+    assert decoder.feed(frame(text="Yes, well", error_code=0)) == [Delta(text=", well")]
+
+
+def test_llavas_error_is_a_failure() -> None:
+    events = NulDecoder("Hi").feed(frame(text="**NETWORK ERROR**", error_code=1))
+    assert events == [
+        Failed(
+            code="engine_failed",
+            message="**NETWORK ERROR**",
+            remedy="Look into the worker's log; it names the cause.",
+        )
+    ]
+
+
+@pytest.mark.parametrize("data", [b"{\0", b"[]\0", b"{}\0", b'{"text": 7, "error_code": 0}\0'])
+def test_a_foreign_frame_is_a_lost_upstream(data: bytes) -> None:
+    with pytest.raises(UpstreamLost):
+        NulDecoder("").feed(data)
+
+
+def test_text_taken_back_is_a_lost_upstream() -> None:
+    decoder = NulDecoder("")
+    decoder.feed(frame(text="abc", error_code=0))
+    with pytest.raises(UpstreamLost):
+        decoder.feed(frame(text="ab", error_code=0))
+
+
+def test_nothing_comes_after_the_end() -> None:
+    decoder = NulDecoder("")
+    data = frame(text="a", error_code=0, finish_reason="stop") + frame(text="ab", error_code=0)
+    assert decoder.feed(data) == [Delta(text="a"), Finished(reason="stop")]
+
+
+def test_a_failed_event_is_its_error_again() -> None:
+    error = Overloaded("Full.", remedy="Wait.")
+    assert type(Failed.of(error).error()) is Overloaded
+    assert Failed.of(error).error().remedy == "Wait."

@@ -1,0 +1,141 @@
+"""workers.hf.sampling: what is drawn depends on seed and position alone, with the right odds.
+
+pytest tests/unit/test_hf_sampling.py
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from protocol.messages import SamplingParams
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from workers.hf import sampling  # noqa: E402 - needs torch
+
+LOGITS = [3.0, 2.0, 1.0, 0.0, -1.0, -20.0]
+
+
+def draw(
+    params: SamplingParams,
+    logits: list[float] = LOGITS,
+    *,
+    prompt: tuple[int, ...] = (0,),
+    answer: tuple[int, ...] = (),
+) -> int:
+    """The token that generate() would take."""
+    chain: Any = sampling.processors(params, prompt_tokens=len(prompt))
+    scores = chain(torch.tensor([[*prompt, *answer]]), torch.tensor([logits]))
+    return int(scores.argmax())
+
+
+def drawn(**params: Any) -> set[int]:
+    """All tokens 400 seeds come to."""
+    return {draw(SamplingParams(seed=seed, **params)) for seed in range(400)}
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0}, {"top_k": 1}, {"top_p": 0}, {"min_p": 1}])
+def test_greedy_is_the_likeliest_token(greedy: dict[str, float]) -> None:
+    assert drawn(**greedy) == {0}
+
+
+def test_no_temperature_overflows() -> None:
+    assert drawn(temperature=1e-45) == {0}
+    assert drawn(temperature=2e-6) == {0}
+
+
+def test_odds_are_those_of_softmax() -> None:
+    draws = 4000
+    counts = Counter(draw(SamplingParams(seed=seed)) for seed in range(draws))
+    expected = torch.tensor(LOGITS).softmax(-1).tolist()
+    for token_id, odds in enumerate(expected):
+        assert counts[token_id] / draws == pytest.approx(odds, abs=0.03)
+
+
+def test_odds_along_the_positions_of_one_seed() -> None:
+    draws = 4000
+    chain = sampling.SeededDraw(7)
+    scores = torch.tensor([LOGITS])
+    ids = torch.zeros((1, draws), dtype=torch.long)
+    counts = Counter(int(chain(ids[:, : n + 1], scores).argmax()) for n in range(draws))
+    expected = torch.tensor(LOGITS).softmax(-1).tolist()
+    for token_id, odds in enumerate(expected):
+        assert counts[token_id] / draws == pytest.approx(odds, abs=0.03)
+
+
+# softmax(LOGITS) is .64, .23, .09, .03, .01, 0
+@pytest.mark.parametrize(
+    ("params", "tokens"),
+    [
+        ({"top_k": 2}, {0, 1}),
+        ({"top_k": 100, "top_p": 0.8}, {0, 1}),
+        ({"top_p": 0.6}, {0}),
+        ({"top_p": 0.9}, {0, 1, 2}),
+        ({"min_p": 0.1}, {0, 1, 2}),
+        ({"min_p": 0.3}, {0, 1}),
+        ({"top_p": 0.9, "temperature": 100.0}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 3, "min_p": 0.3}, {0, 1}),
+    ],
+)
+def test_what_may_be_drawn(params: dict[str, float], tokens: set[int]) -> None:
+    assert drawn(**params) == tokens
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3 of whole 4-byte blocks with seed 0, as published."""
+    state = 0
+    for start in range(0, len(data), 4):
+        block = int.from_bytes(data[start : start + 4], "little") * 0xCC9E2D51 % 2**32
+        block = (block << 15 | block >> 17) * 0x1B873593 % 2**32
+        state ^= block
+        state = ((state << 13 | state >> 19) * 5 + 0xE6546B64) % 2**32
+    state ^= len(data)
+    state = (state ^ state >> 16) * 0x85EBCA6B % 2**32
+    state = (state ^ state >> 13) * 0xC2B2AE35 % 2**32
+    return state ^ state >> 16
+
+
+@pytest.mark.parametrize("seed", [0, 42, 0x1234_5678_9ABC_DEF0, 2**63 - 1])
+def test_noise_is_sglangs(seed: int) -> None:
+    """SGLang hashes seed (8 bytes), position (4) and token id (4)."""
+    assert murmur3(b"test") == 0xBA6BD213
+    tokens, position = 1000, 7
+    hashes = [
+        murmur3(struct.pack("<QII", seed, position - 1, token_id)) for token_id in range(tokens)
+    ]
+    noise = [-math.log(-math.log(value / 0xFFFFFFFF)) for value in hashes]
+    ids = torch.zeros((1, position), dtype=torch.long)
+    scores = sampling.SeededDraw(seed)(ids, torch.zeros((1, tokens)))
+    assert int(scores.argmax()) == noise.index(max(noise))
+
+
+def test_the_same_draw_in_any_thread() -> None:
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(1)).tolist()
+
+    def sequence(_: int) -> list[int]:
+        answer: tuple[int, ...] = ()
+        for _step in range(20):
+            answer += (draw(SamplingParams(seed=9), logits, answer=answer),)
+        return list(answer)
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(sequence, range(4))
+    assert others == [first] * 3
+    assert len(set(first)) > 10
+
+
+def test_without_a_seed_draws_differ() -> None:
+    assert len({draw(SamplingParams(), [0.0] * 1000) for _ in range(10)}) > 1
+
+
+def test_the_repetition_penalty_looks_at_the_answer_only() -> None:
+    params = SamplingParams(temperature=0, repetition_penalty=2.0)
+    assert draw(params, prompt=(0, 0, 0)) == 0
+    assert draw(params, prompt=(0,), answer=(0,)) == 1

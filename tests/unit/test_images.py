@@ -1,0 +1,78 @@
+"""Pictures from strangers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+
+import pytest
+from PIL import Image
+
+from protocol.errors import BadImage
+from tests.streams import encoded, picture
+from workers.images import decode
+
+LIMIT = 1_000_000
+
+
+def test_a_data_uri_and_plain_base64_are_the_same_picture() -> None:
+    plain = encoded(picture())
+    wrapped = "data:image/png;base64," + plain[:40] + "\n" + plain[40:]
+    a, b = decode([plain, wrapped], max_pixels=LIMIT)
+    assert a.pixels.tobytes() == b.pixels.tobytes() == picture().tobytes()
+
+
+def test_the_png_that_leaves_has_the_same_pixels() -> None:
+    (one,) = decode([encoded(picture())], max_pixels=LIMIT)
+    assert Image.open(io.BytesIO(one.png())).tobytes() == one.pixels.tobytes()
+
+
+def test_a_photograph_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to display
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
+    (one,) = decode([base64.b64encode(buffer.getvalue()).decode()], max_pixels=LIMIT)
+    assert one.pixels.size == (20, 40)
+
+
+def test_too_many_pixels_are_refused_with_both_numbers() -> None:
+    big = encoded(Image.new("1", (1200, 1000)), "PNG")
+    with pytest.raises(BadImage, match=r"Image 2 has 1200 x 1000 pixels.* takes 1000000"):
+        decode([encoded(picture()), big], max_pixels=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "",
+        "=",
+        "data:image/png;base64",
+        "data:image/png,rawbytes",
+        "file:///etc/passwd",
+        "https://127.0.0.1/a.png",
+        base64.b64encode(b"%PDF-1.7").decode(),
+        base64.b64encode(b"<svg xmlns='http://www.w3.org/2000/svg'/>").decode(),
+    ],
+    ids=lambda image: image[:24] or "empty",
+)
+def test_what_is_no_picture_is_a_bad_image(image: str) -> None:
+    with pytest.raises(BadImage):
+        decode([image], max_pixels=LIMIT)
+
+
+def test_mutated_pictures_are_decoded_or_refused_and_nothing_else() -> None:
+    source = random.Random(3)
+    for image_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        good = base64.b64decode(encoded(picture(size=48), image_format))
+        for _ in range(60):
+            data = bytearray(good)
+            for _ in range(source.randrange(1, 6)):
+                data[source.randrange(len(data))] = source.randrange(256)
+            text = base64.b64encode(bytes(data[: source.randrange(1, len(data) + 1)])).decode()
+            try:
+                (one,) = decode([text], max_pixels=LIMIT)
+            except BadImage:
+                continue
+            assert one.pixels.mode == "RGB"

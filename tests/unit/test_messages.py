@@ -1,0 +1,114 @@
+"""Requests: what is taken, what is refused, and what LLaVA sends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from protocol.messages import (
+    Capabilities,
+    GenerateRequest,
+    Heartbeat,
+    ImagePart,
+    Lease,
+    Registration,
+    TextPart,
+    WorkerStatus,
+)
+from transport import asgi
+
+
+def request(**fields: Any) -> GenerateRequest:
+    return GenerateRequest.model_validate({"model": "m"} | fields)
+
+
+def test_llavas_request_is_valid() -> None:
+    llava = request(
+        prompt="A chat. USER: <image>\nWhat is it? ASSISTANT:",
+        temperature=0.2,
+        top_p=0.7,
+        max_new_tokens=512,
+        stop="</s>",
+        images=["aGk="],
+        conv_mode="vicuna_v1",
+    )
+    assert llava.stop == ("</s>",)
+    assert llava.needs == {"images"}
+
+
+def test_llavas_status_and_registration_are_valid() -> None:
+    three = {"model_names": ["llava"], "speed": 1, "queue_length": 0}
+    registration = Registration.model_validate(
+        {"worker_name": "http://a:1", "check_heart_beat": True, "worker_status": three}
+    )
+    assert registration.worker_status is not None
+    assert registration.worker_status.kind == "llava"
+    assert registration.worker_status.capacity is None
+    beat = Heartbeat.model_validate({"worker_name": "http://a:1", "queue_length": 3})
+    assert beat.worker_status is None
+    assert Lease.model_validate({"exist": True}).heartbeat_s == 15
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+        {"prompt": "a", "images": ["x"]},
+        {"prompt": "<image><image>", "images": ["x"]},
+        {"messages": []},
+        {"messages": [{"role": "robot", "content": "a"}]},
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        {"prompt": "a", "temperature": -1},
+        {"prompt": "a", "temperature": float("nan")},
+        {"prompt": "a", "top_p": 1.5},
+        {"prompt": "a", "max_new_tokens": 0},
+        {"prompt": "a", "stop": ["a", ""]},
+        {"prompt": "a", "stop": ["a"] * 17},
+        {"prompt": "a", "json_schema": "{}", "regex": "a"},
+        {"prompt": "a", "request_id": "two words"},
+        {"prompt": "a", "model": ""},
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        request(**fields)
+
+
+def test_null_is_nothing() -> None:
+    assert request(prompt="a", images=None, stop=None).stop == ()
+    assert request(prompt="a", stop="").stop == ()
+
+
+def test_placeholders_in_messages() -> None:
+    asked = request(
+        messages=[
+            {"role": "user", "content": "<image>\nWhat is it?"},
+            {"role": "assistant", "content": "A dog."},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "And it?"}]},
+        ],
+        images=["a", "b"],
+    )
+    assert asked.placeholders == 2
+    assert asked.needs == {"chat", "images"}
+    assert asked.messages is not None
+    assert asked.messages[0].parts == (ImagePart(), TextPart(text="\nWhat is it?"))
+
+
+def test_a_refusal_names_the_field_and_not_the_value() -> None:
+    with pytest.raises(Exception, match=r"^top_p: Input should be less than or equal to 1\.$") as e:
+        asgi.parse(GenerateRequest, b'{"model": "m", "prompt": "secret", "top_p": 7}')
+    assert "secret" not in str(e.value)
+
+
+def test_missing_capabilities_by_name() -> None:
+    asked = request(prompt="a", seed=1, logprobs=2)
+    assert Capabilities(seed=True).missing(asked.needs) == ["logprobs"]
+
+
+def test_a_status_survives_the_wire() -> None:
+    status = WorkerStatus(model_names=("m",), worker_id="w", versions={"torch": "2"}, capacity=3)
+    assert WorkerStatus.model_validate_json(status.model_dump_json()) == status

@@ -1,0 +1,93 @@
+"""What SGLang says, as our events and errors. The sentences are those of 0.5.23."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from protocol.errors import (
+    BadImage,
+    ContextOverflow,
+    EngineFailed,
+    InvalidRequest,
+    OutOfMemory,
+    Overloaded,
+)
+from workers.sglang.client import AnswerTooLong, parse, refusal
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "error"),
+    [
+        (
+            400,
+            "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
+            ContextOverflow,
+        ),
+        (
+            400,
+            "Input length (4092 tokens) exceeds the maximum allowed length (4090 tokens). Use a "
+            "shorter input or enable --allow-auto-truncate.",
+            ContextOverflow,
+        ),
+        (
+            400,
+            "Multimodal prompt is too long after expanding multimodal tokens. After expanding "
+            "len(req.origin_input_ids_unpadded)=4093 => 4093 >= 4090.",
+            ContextOverflow,
+        ),
+        (400, "Request prompt exceeds the KV memory budget: input_len=9.", ContextOverflow),
+        (
+            400,
+            "Requested token count exceeds the model's maximum context length of 4096 tokens. You "
+            "requested a total of 5040 tokens: ...",
+            AnswerTooLong,
+        ),
+        (400, "Prompt has 2 image placeholders but 1 image inputs were provided", InvalidRequest),
+        (
+            400,
+            "An exception occurred while loading IMAGE data at index 0: Error while loading data: "
+            "Could not decode image: cannot identify image file",
+            BadImage,
+        ),
+        (503, "The request queue is full.", Overloaded),
+        (500, "CUDA out of memory. Tried to allocate 2 GiB", OutOfMemory),
+        (500, "division by zero", EngineFailed),
+    ],
+)
+def test_refusals(status: int, message: str, error: type[Exception]) -> None:
+    assert type(refusal(status, message)) is error
+
+
+def frame(**meta: Any) -> dict[str, Any]:
+    return {
+        "output_ids": [5, 6],
+        "meta_info": {"finish_reason": None, "prompt_tokens": 9, "cached_tokens": 4, **meta},
+    }
+
+
+def test_a_chunk() -> None:
+    chunk = parse(frame())
+    assert (chunk.token_ids, chunk.reason) == ((5, 6), None)
+    assert (chunk.prompt_tokens, chunk.cached_tokens) == (9, 4)
+
+
+def test_a_cumulative_chunk_gives_what_is_new() -> None:
+    assert parse(frame(), skip=1).token_ids == (6,)
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_the_last_chunk(reason: str) -> None:
+    assert parse(frame(finish_reason={"type": reason})).reason == reason
+
+
+def test_an_abort_is_an_error() -> None:
+    reason = {"type": "abort", "message": "Abort in waiting queue", "status_code": None}
+    with pytest.raises(EngineFailed, match="Abort in waiting queue"):
+        parse(frame(finish_reason=reason))
+
+
+def test_an_error_frame() -> None:
+    with pytest.raises(InvalidRequest, match="min_p must be in"):
+        parse({"error": {"message": "min_p must be in [0, 1], got 3", "code": 400}})

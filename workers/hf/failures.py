@@ -1,0 +1,37 @@
+"""What torch and transformers raise, as the errors of the protocol."""
+
+from __future__ import annotations
+
+import torch
+
+from protocol.errors import EngineFailed, OutOfMemory, TandemError
+
+# What the allocators of CUDA, of the CPU and of mps say; the type alone does not tell.
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def is_out_of_memory(exc: BaseException) -> bool:
+    if isinstance(exc, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(exc, RuntimeError) and any(
+        words in str(exc).lower() for words in _MEMORY_WORDS
+    )
+
+
+def is_fatal(exc: BaseException | None) -> bool:
+    """Whether the accelerator's context is lost: every later request would fail as well."""
+    return isinstance(exc, torch.AcceleratorError) and not is_out_of_memory(exc)
+
+
+def as_typed(exc: Exception) -> TandemError:
+    """The error of one generation that raised ``exc``."""
+    if is_out_of_memory(exc):
+        return OutOfMemory("The model ran out of memory on this request.")
+    return EngineFailed(f"The model failed with {type(exc).__name__}.")
+
+
+def one_line(exc: BaseException) -> str:
+    """``exc`` without line breaks and stack trace, 300 characters at most."""
+    words = " ".join(str(exc).split())
+    line = f"{type(exc).__name__}: {words}" if words else type(exc).__name__
+    return line if len(line) <= 300 else f"{line[:297]}..."
