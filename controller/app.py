@@ -266,7 +266,7 @@ class _ChatCompletions:
         except TandemError as error:
             await asgi.send_error(send, error, headers)
             return
-        worker_body = request.model_dump_json(exclude_defaults=True).encode()
+        worker_body = request.model_dump_json(exclude_none=True).encode()
         frames = self._controller.generator.stream(request, worker_body, request_id)
         completion = openai.Completion(asked, request_id)
         if asked.stream:

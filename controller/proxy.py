@@ -18,12 +18,12 @@ from protocol.events import (
     DELTA_PREFIX,
     FRAME_END,
     SSE_MEDIA_TYPE,
+    Delta,
     Event,
     NulDecoder,
     Terminal,
     decode_sse_frame,
     encode_sse,
-    is_terminal,
 )
 from transport.asgi import REQUEST_ID_HEADER
 from transport.client import HttpPool, Upstream
@@ -98,23 +98,18 @@ class Relay:
                 if not data:
                     continue
             # JSON escapes line breaks, so this cannot match inside an event.
-            if not data.startswith(DELTA_PREFIX) or b"\n\nevent: f" in data or b"\n\n:" in data:
-                data = self._until_terminal(data)
-            if data:
+            if data.startswith(DELTA_PREFIX) and not (
+                b"\n\nevent: f" in data or b"\n\n:" in data or b"\n\ndata" in data
+            ):
                 yield data
+                continue
+            for frame in data.split(FRAME_END)[:-1]:
+                event = decode_sse_frame(frame)
+                if event is not None:  # else a comment
+                    self._note(event)
+                    yield frame + FRAME_END
         if self.terminal is None:
             raise self._lost()
-
-    def _until_terminal(self, data: bytes) -> bytes:
-        """``data`` up to its terminal event, which is kept; comments are dropped."""
-        kept = b""
-        for frame in data.split(FRAME_END)[:-1]:
-            if (event := decode_sse_frame(frame)) is None:
-                continue
-            kept += frame + FRAME_END
-            if self._ends(event):
-                break
-        return kept
 
     async def _translated(self, upstream: Upstream, prompt: str) -> AsyncGenerator[bytes]:
         """LLaVA's or FastChat's frames."""
@@ -125,21 +120,15 @@ class Relay:
             data = await upstream.read(timeout_s)
             timeout_s = self._event_timeout_s
             more = bool(data)
-            frames = b""
             for event in decoder.feed(data) if data else decoder.end():
-                frames += encode_sse(event)
-                if self._ends(event):
-                    break
-            if frames:
-                yield frames
+                self._note(event)
+                yield encode_sse(event)
         if self.terminal is None:
             raise self._lost()
 
-    def _ends(self, event: Event) -> bool:
-        if is_terminal(event):
-            self.terminal = event  # type: ignore[assignment]
-            return True
-        return False
+    def _note(self, event: Event) -> None:
+        if not isinstance(event, Delta):
+            self.terminal = event
 
     def _lost(self) -> UpstreamLost:
         return UpstreamLost(f"{self._replica.worker_id} ended its stream without a last word.")

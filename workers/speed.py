@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 _WEIGHT = 0.3  # of the newest sample
 _WINDOW_S = 1.0  # length of a sample while busy
-_MIN_WINDOW_S = 0.02  # a shorter busy spell is noise
+_MIN_WINDOW_S = 0.002  # a shorter busy spell is noise
 _MIN_TOKENS = 4
 
 

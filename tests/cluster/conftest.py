@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -82,7 +83,7 @@ class Running:
         await asyncio.gather(self._task, return_exceptions=True)
 
 
-Script = Callable[[asyncio.StreamWriter], Awaitable[None]]
+Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[object]]
 
 
 class FaultyWorker:
@@ -92,6 +93,7 @@ class FaultyWorker:
         self._script = script
         self._status = status
         self._server: asyncio.Server | None = None
+        self._connections: set[asyncio.Task[None]] = set()
         self.address = ""
         self.asked = 0
 
@@ -102,8 +104,17 @@ class FaultyWorker:
     async def stop(self) -> None:
         assert self._server is not None
         self._server.close()
+        for connection in self._connections:
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def watched(self) -> bool:
+        return bool(self._connections)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: asyncio.Task[None] = asyncio.current_task()  # type: ignore[assignment]
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
         try:
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(
@@ -114,16 +125,20 @@ class FaultyWorker:
             await reader.readexactly(length)
             if head.startswith(b"POST " + PATH.encode()):
                 self.asked += 1
-                await self._script(writer)
+                await self._script(reader, writer)
             else:
                 body = orjson.dumps(self._status)
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n")
                 writer.write(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except asyncio.CancelledError:
+            writer.transport.abort()  # and end well: asyncio.streams mishandles a cancelled task
         finally:
-            writer.transport.abort() if writer.is_closing() else writer.close()
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
 
 STREAM_HEAD = (
@@ -152,7 +167,8 @@ class Cluster:
 
     async def controller(self, *, port: int | None = None, **settings: Any) -> Running:
         port = free_port() if port is None else port
-        made = ControllerSettings(port=port, **settings)
+        # The lottery: a faulty worker of great speed is then asked first.
+        made = ControllerSettings(port=port, **{"dispatch_method": "lottery"} | settings)
         stop = Stop()
         task = asyncio.create_task(serve(made, stop))  # type: ignore[arg-type]
         running = Running(port, task, stop)
@@ -187,7 +203,7 @@ class Cluster:
         if isinstance(script, bytes):
             data = script
 
-            async def write(writer: asyncio.StreamWriter) -> None:
+            async def write(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
                 writer.write(data)
                 await writer.drain()
 
@@ -209,6 +225,7 @@ class Cluster:
         client = self.client(controller)
         response = await client.post("/register_worker", json={"worker_name": worker.address})
         assert response.status_code == 200, response.text
+        await until(worker.watched)  # the controller's tripwire stands
         return worker
 
     def client(self, running: Running, timeout_s: float = 20) -> httpx.AsyncClient:

@@ -122,6 +122,7 @@ async def test_openai_with_a_picture(cluster: Cluster) -> None:
     ]
     asked = {"model": "echo", "messages": [{"role": "user", "content": content}]}
     answer = (await cluster.client(controller).post("/v1/chat/completions", json=asked)).json()
+    assert "choices" in answer, answer
     assert answer["choices"][0]["message"]["content"] == "What is it?"
 
 

@@ -123,7 +123,7 @@ async def test_it_is_told_in_every_framing(cluster: Cluster) -> None:
 
 async def test_a_worker_that_hangs_before_the_first_event(cluster: Cluster) -> None:
     controller = await cluster.controller(first_event_timeout_s=0.2)
-    await cluster.faulty(controller, lambda _: asyncio.Event().wait())  # type: ignore[arg-type,return-value]
+    await cluster.faulty(controller, lambda *_: asyncio.Event().wait())
     response = await cluster.client(controller).post(PATH, json={"model": "echo", "prompt": "a"})
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "deadline_exceeded"
@@ -131,7 +131,7 @@ async def test_a_worker_that_hangs_before_the_first_event(cluster: Cluster) -> N
 
 
 async def test_a_worker_that_hangs_after_it(cluster: Cluster) -> None:
-    async def hang(writer: asyncio.StreamWriter) -> None:
+    async def hang(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(STREAM_HEAD + ONE)
         await asyncio.Event().wait()
 
@@ -216,7 +216,7 @@ async def test_a_slow_reader_does_not_fill_the_controllers_memory(cluster: Clust
     """The controller stops reading from the worker when its client does not read."""
     sent = 0
 
-    async def flood(writer: asyncio.StreamWriter) -> None:
+    async def flood(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
         writer.write(STREAM_HEAD)
         piece = chunk(encode_sse(Delta(text="x" * 8000, token_ids=(1,))))
@@ -265,11 +265,9 @@ async def test_a_client_that_leaves_during_prefill_frees_the_worker(cluster: Clu
     controller = await cluster.controller()
     left = asyncio.Event()
 
-    async def silent(writer: asyncio.StreamWriter) -> None:
-        try:
-            await writer.wait_closed()
-        finally:
-            left.set()
+    async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        assert await reader.read() == b"", "the controller hangs up"
+        left.set()
 
     await cluster.faulty(controller, silent)
     with pytest.raises(httpx.ReadTimeout):
