@@ -7,6 +7,7 @@ ignored: nobody watching is no reason to stop serving.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ COLOURS = {
     State.FAILED: "red",
     State.SILENT: "red",
 }
+EMBEDDED = "pocket-llava"
+EXAMPLES = Path(__file__).resolve().parent.parent / "docs" / "examples"
+"""Requests about a picture that the embedded model can answer, one for each kind of worker."""
+
 PLAIN_WIDTH = 200
 """Columns where the output is no terminal: nothing is wrapped or cut."""
 
@@ -157,7 +162,16 @@ def next_steps(cluster: ClusterRecord, options: str = "") -> list[str]:
         process for process in cluster.processes if process.role is Role.WORKER and process.model
     ]
     lines = [""]
-    if workers:
+    examples = [
+        path
+        for kind in dict.fromkeys(worker.kind for worker in workers if worker.model == EMBEDDED)
+        if (path := EXAMPLES / f"ask-{kind}.json").exists()
+    ]
+    if examples:
+        lines += ["Ask each kind of worker about docs/pictures/red-circle.png (answers stream):"]
+        lines += [f"  {_curl(address)} -d @{_shown(path)}" for path in examples]
+        lines += [""]
+    elif workers:
         model = next((w.model for w in workers if w.state is State.READY), workers[0].model)
         body = {
             "model": model.split(", ")[0],
@@ -166,9 +180,7 @@ def next_steps(cluster: ClusterRecord, options: str = "") -> list[str]:
         }
         lines += [
             "Ask it something (the answer streams):",
-            f"  curl -N {address}/v1/chat/completions \\",
-            "    -H 'Content-Type: application/json' \\",
-            f"    -d {shlex.quote(json.dumps(body))}",
+            f"  {_curl(address)} -d {shlex.quote(json.dumps(body))}",
             "",
         ]
     lines += [
@@ -179,6 +191,15 @@ def next_steps(cluster: ClusterRecord, options: str = "") -> list[str]:
         "Here:              Ctrl-C stops everything",
     ]
     return lines
+
+
+def _curl(address: str) -> str:
+    return f"curl -N {address}/v1/chat/completions -H 'Content-Type: application/json'"
+
+
+def _shown(path: Path) -> str:
+    """``path`` as short as it can be pasted here."""
+    return shlex.quote(os.path.relpath(path))
 
 
 def _state(process: ProcessRecord) -> Text:

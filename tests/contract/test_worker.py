@@ -336,8 +336,10 @@ def test_the_narrowest_sampling_is_greedy(worker: Worker, fields: dict[str, floa
 def test_a_repetition_penalty_changes_a_repetitive_answer(worker: Worker) -> None:
     if worker.kind == "echo":
         pytest.skip("the echo engine does not sample")
-    plain = count(worker)
-    assert count(worker, repetition_penalty=5.0).token_ids != plain.token_ids
+    asked = {"messages": user("How do I start a worker?")}
+    plain = count(worker, **asked)
+    assert len(set(plain.token_ids)) < len(plain.token_ids), "it repeats tokens"
+    assert count(worker, **asked, repetition_penalty=9.0).token_ids != plain.token_ids
 
 
 # ---------------------------------------------------------------- pictures

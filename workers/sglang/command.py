@@ -1,0 +1,121 @@
+"""How the server is started: its flags, its environment, the device. Plain functions."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from workers.sglang.launch import PARENT_PID
+from workers.sglang.settings import SglangSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU_CAPACITY = 32
+"""Requests in a batch on a CPU; SGLang's own default there is in the thousands."""
+
+CPU_PREFILL_CHUNK = 512
+"""Prompt tokens computed between two looks at new and aborted requests, on a CPU: with 1024 an
+aborted request of the embedded model runs on for up to 0.3 s, with 256 long prompts take twice
+as long."""
+
+Device = Literal["cpu", "cuda"]
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device to use; asks the driver, so it may take some 100 ms."""
+    if wanted != "auto":
+        return wanted
+    return "cuda" if _cuda_devices() > 0 or os.path.exists("/dev/kfd") else "cpu"
+
+
+def _cuda_devices() -> int:
+    """GPUs the CUDA driver shows this process (``CUDA_VISIBLE_DEVICES`` included)."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets of this CPU, as Linux names them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def cpu_dtype(wanted: str, flags: Iterable[str]) -> str:
+    """The precision on a CPU: emulated, bfloat16 is several times slower than float32."""
+    if wanted != "auto":
+        return wanted
+    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
+
+
+def server_args(settings: SglangSettings, *, device: Device, dtype: str, port: int) -> list[str]:
+    """SGLang's flags. The user's come last, so that they win."""
+    args = [
+        *("--model-path", settings.model_path),
+        *("--host", "127.0.0.1"),
+        *("--port", str(port)),
+        *("--dtype", dtype),
+        *("--log-level-http", "warning"),
+        *("--sampling-defaults", "openai"),  # a request means what it says
+        "--incremental-streaming-output",
+    ]
+    if settings.trust_remote_code:
+        args.append("--trust-remote-code")
+    if settings.limit_model_concurrency is not None:
+        args += ["--max-running-requests", str(settings.limit_model_concurrency)]
+    if device == "cpu":
+        if settings.limit_model_concurrency is None:
+            args += ["--max-running-requests", str(CPU_CAPACITY)]
+        args += [
+            *("--device", "cpu"),
+            *("--attention-backend", "torch_native"),
+            # The fraction is a bound on all memory in use, also other programs'; the size of the
+            # cache is given by the other flag.
+            *("--mem-fraction-static", "0.9"),
+            *("--max-total-tokens", str(settings.max_cached_tokens)),
+            *("--chunked-prefill-size", str(CPU_PREFILL_CHUNK)),
+            "--sleep-on-idle",  # else an idle scheduler takes a whole core
+            "--skip-server-warmup",  # the shell warms up
+        ]
+    return [*args, *settings.sglang_args]
+
+
+def server_environment(
+    inherited: Mapping[str, str], *, device: Device, temporary: str, parent_pid: int
+) -> dict[str, str]:
+    """The server's environment: the worker's, and what SGLang takes from nowhere else."""
+    environment = dict(inherited)
+    # Its three processes import the same 7000 modules: without bytecode each compiles them anew,
+    # which doubles the time to start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    paths = [str(ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": temporary,
+        PARENT_PID: str(parent_pid),
+        # Else the server spends 65 s on core dumps before it dies.
+        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "workers.sglang.models",
+        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "workers.sglang.processors",
+        # The server calls itself.
+        "NO_PROXY": ",".join(filter(None, [inherited.get("NO_PROXY"), "127.0.0.1,localhost"])),
+    }
+    environment["no_proxy"] = environment["NO_PROXY"]
+    if device == "cpu":
+        environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        # The first request with a repetition penalty stopped everyone for 17 s of compilation.
+        environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+    return environment
