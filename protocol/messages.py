@@ -75,7 +75,7 @@ class SamplingParams(Message):
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: the likeliest token only")
     top_k: int = Field(default=0, ge=0, description="0: no limit")
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
     max_new_tokens: int = Field(default=256, ge=1, le=1_000_000)
     stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)

@@ -16,8 +16,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from protocol.errors import BadImage, ContextOverflow, EngineFailed, InvalidRequest, TandemError
 from protocol.events import Delta, Finished
 from protocol.messages import IMAGE_PLACEHOLDER, GenerateRequest
+from workers.answer import Answer
 from workers.hf import cancel, failures, sampling
-from workers.hf.answer import Answer
 from workers.hf.model import HfModel
 from workers.images import Picture
 from workers.prompts import render
@@ -75,11 +75,8 @@ def _generate(
         eos_ids=model.eos_ids,
         max_tokens=min(request.max_new_tokens, model.context_length - prompt_tokens),
     )
-    for token_id in request.resume_token_ids:
-        answer.push(token_id)
-        if answer.reason is not None:
-            break
-    else:
+    answer.resume(request.resume_token_ids)
+    if answer.reason is None:
         cancel.check()
         _decode(model, _resumed(model, inputs, request), request, prompt_tokens, answer, emit)
     if answer.reason is None:
@@ -177,9 +174,7 @@ def _decode(
 
     model.network.generate(
         **inputs,
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=answer.max_tokens - answer.tokens
-        ),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=answer.tokens_left),
         logits_processor=sampling.processors(request, prompt_tokens=prompt_tokens),
         stopping_criteria=StoppingCriteriaList([step]),
     )

@@ -29,14 +29,16 @@ from protocol.errors import (
 )
 from protocol.events import Delta, Finished
 from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from workers.answer import Answer, Reason
 from workers.engine import EngineInfo, Progress
 from workers.images import Picture
 from workers.sglang import command
-from workers.sglang.answer import Answer, CacheCount
+from workers.sglang.cache import CacheCount
 from workers.sglang.checkpoint import Checkpoint, load
 from workers.sglang.client import AnswerTooLong, Chunk, SglangClient
 from workers.sglang.process import ServerProcess, TemporaryDirectory, free_port
 from workers.sglang.settings import SglangSettings
+from workers.text import TextStream
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +49,6 @@ LOST_AFTER = 2
 """Looks in a row at which a server we did not start must be gone."""
 
 ABORT_AGAIN_AFTER_S = (0.01, 0.02, 0.03)
-
-MAX_REPETITION_PENALTY = 2.0
 
 
 class SglangEngine:
@@ -275,10 +275,15 @@ class SglangEngine:
         self._check(request)
         ids = await asyncio.to_thread(checkpoint.encode, request)
         prompt_tokens = len(ids) - len(request.resume_token_ids)
-        answer = Answer(checkpoint, request, room=self._input_limit + 4 - prompt_tokens)
+        answer = Answer(
+            TextStream(checkpoint.decode, request.stop),
+            eos_ids=checkpoint.eos_ids,
+            max_tokens=min(request.max_new_tokens, self._input_limit + 4 - prompt_tokens),
+        )
+        answer.resume(request.resume_token_ids)
         if answer.reason is not None:  # resumed after its end
             prompt_tokens += len(images) * (checkpoint.image_tokens - 1)
-            yield answer.finished(prompt_tokens, 0)
+            yield _finished(answer, answer.reason, prompt_tokens, cached_tokens=0)
             return
         if len(ids) >= self._input_limit:
             raise ContextOverflow(
@@ -287,15 +292,15 @@ class SglangEngine:
             )
         body = {
             "input_ids": ids,
-            "sampling_params": self._sampling(request, answer.max_tokens - answer.tokens),
+            "sampling_params": self._sampling(request, answer.tokens_left),
         }
         if images:
             body["image_data"] = await asyncio.to_thread(_as_base64, images)
         async with aclosing(self._chunks(client, body)) as chunks:
             async for chunk in chunks:
-                token_ids, text = answer.push(chunk)
-                if token_ids:
-                    yield Delta(text=text, token_ids=token_ids)
+                delta = _push(answer, chunk)
+                if delta.token_ids:
+                    yield delta
                 if answer.reason is not None:
                     break
         if answer.reason is None:
@@ -305,13 +310,9 @@ class SglangEngine:
         cached_tokens = min(chunk.cached_tokens, prompt_tokens)
         if self._cache is not None:
             self._cache.count(chunk, answer.tokens - resumed)
-        yield answer.finished(prompt_tokens, cached_tokens)
+        yield _finished(answer, answer.reason, prompt_tokens, cached_tokens=cached_tokens)
 
     def _check(self, request: GenerateRequest) -> None:
-        if request.repetition_penalty > MAX_REPETITION_PENALTY:
-            raise Unsupported(
-                f"SGLang takes a repetition_penalty of at most {MAX_REPETITION_PENALTY:g}."
-            )
         if request.resume_token_ids and request.repetition_penalty != 1.0:
             # It would not know the resumed tokens for its own, and so not punish them.
             raise Unsupported("SGLang cannot resume an answer with a repetition_penalty.")
@@ -383,6 +384,31 @@ class SglangEngine:
         with suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(self._failure), 1.0)
         return EngineFailed(f"The SGLang server is lost: {exc.message}")
+
+
+def _push(answer: Answer, chunk: Chunk) -> Delta:
+    """What of ``chunk`` belongs to ``answer``: nothing after its end."""
+    text = ""
+    taken = 0
+    for token_id in chunk.token_ids:
+        if answer.reason is not None:
+            break
+        text += answer.push(token_id)
+        taken += 1
+    if answer.reason is None and chunk.reason is not None:
+        text += answer.end("length" if chunk.reason == "length" else "stop")
+    return Delta(text=text, token_ids=chunk.token_ids[:taken])
+
+
+def _finished(
+    answer: Answer, reason: Reason, prompt_tokens: int, *, cached_tokens: int
+) -> Finished:
+    return Finished(
+        reason=reason,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=answer.tokens,
+        cached_tokens=cached_tokens,
+    )
 
 
 def _as_base64(images: Sequence[Picture]) -> list[str]:

@@ -1,7 +1,4 @@
-"""workers.hf.answer: when an answer is complete, and why.
-
-pytest tests/unit/test_hf_answer.py
-"""
+"""When an answer is complete, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from workers.hf.answer import Answer
+from workers.answer import Answer
 from workers.text import TextStream
 
 EOS = 0
@@ -49,3 +46,25 @@ def test_the_end(
     assert sent == text
     assert reasons == [None] * (len(ids) - 1) + [reason]
     assert growing.tokens == len(ids)
+
+
+def test_a_resumed_answer_knows_its_text() -> None:
+    growing = answer(stop=["##"])
+    growing.resume(b"abc#")
+    assert growing.push(ord("#")) == ""
+    assert (growing.reason, growing.tokens) == ("stop", 5)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "reason"), [(b"a\0", "stop"), (b"a##", "stop"), (b"abcde", "length")]
+)
+def test_an_answer_resumed_after_its_end_is_complete(resumed: bytes, reason: str) -> None:
+    growing = answer(stop=["##"], max_tokens=5)
+    growing.resume(resumed)
+    assert growing.reason == reason
+
+
+def test_an_end_of_the_engines_own_gives_out_what_was_held_back() -> None:
+    growing = answer(stop=["##"])
+    assert growing.push(ord("#")) == ""
+    assert growing.end("stop") == "#"

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 from protocol.errors import InvalidRequest
+from protocol.events import Delta
 from protocol.messages import GenerateRequest
-from workers.sglang.answer import Answer, CacheCount
+from workers.answer import Answer
+from workers.sglang.cache import CacheCount
 from workers.sglang.checkpoint import Checkpoint
 from workers.sglang.client import Chunk
+from workers.sglang.engine import _push
+from workers.text import TextStream
 
 EOS = 0
 IMAGE = 127
@@ -41,8 +45,8 @@ def request(**given: Any) -> GenerateRequest:
     return GenerateRequest(**{"model": "m", "prompt": "p", **given})
 
 
-def answer(room: int = 100, **given: Any) -> Answer:
-    return Answer(CHECKPOINT, request(**given), room=room)
+def answer(*stop: str) -> Answer:
+    return Answer(TextStream(CHECKPOINT.decode, stop), eos_ids=CHECKPOINT.eos_ids, max_tokens=100)
 
 
 def chunk(text: str, reason: str | None = None) -> Chunk:
@@ -51,51 +55,26 @@ def chunk(text: str, reason: str | None = None) -> Chunk:
 
 def test_many_tokens_in_one_chunk() -> None:
     got = answer()
-    assert got.push(chunk("Hello")) == (tuple(b"Hello"), "Hello")
+    assert _push(got, chunk("Hello")) == Delta(text="Hello", token_ids=tuple(b"Hello"))
     assert got.reason is None
 
 
 def test_the_end_token_counts_and_says_nothing() -> None:
     got = answer()
-    assert got.push(chunk("a\0", "stop")) == ((97, EOS), "a")
+    assert _push(got, chunk("a\0", "stop")) == Delta(text="a", token_ids=(97, EOS))
     assert (got.reason, got.tokens) == ("stop", 2)
 
 
-def test_what_a_stop_string_might_have_been_is_given_out_at_the_end() -> None:
-    got = answer(stop="END")
-    assert got.push(chunk("aEN"))[1] == "a"
-    assert got.push(chunk("\0", "stop"))[1] == "EN"
-
-
 def test_a_stop_string_ends_the_answer_inside_a_chunk() -> None:
-    got = answer(stop="END")
-    assert got.push(chunk("aENDmore")) == (tuple(b"aEND"), "a")
+    got = answer("END")
+    assert _push(got, chunk("aENDmore")) == Delta(text="a", token_ids=tuple(b"aEND"))
     assert got.reason == "stop"
 
 
-def test_a_stop_string_at_the_limit_is_a_stop() -> None:
-    got = answer(stop="b", max_new_tokens=2)
-    got.push(chunk("ab", "length"))
-    assert got.reason == "stop"
-
-
-def test_the_limit_is_the_smaller_of_the_wish_and_the_room() -> None:
-    assert answer(room=5, max_new_tokens=9).max_tokens == 5
-    assert answer(room=9, max_new_tokens=5).max_tokens == 5
-
-
-def test_a_resumed_answer_knows_its_text() -> None:
-    got = answer(stop="END", resume_token_ids=tuple(b"aEN"))
-    assert got.push(chunk("D")) == ((68,), "")
-    assert (got.reason, got.tokens) == ("stop", 4)
-
-
-@pytest.mark.parametrize(
-    ("resumed", "reason"), [(b"a\0", "stop"), (b"aEND", "stop"), (b"abcde", "length")]
-)
-def test_an_answer_resumed_after_its_end_is_complete(resumed: bytes, reason: str) -> None:
-    got = answer(stop="END", max_new_tokens=5, resume_token_ids=tuple(resumed))
-    assert got.reason == reason
+def test_an_end_that_only_sglang_knows_of() -> None:
+    got = answer("END")
+    assert _push(got, chunk("aE", "length")) == Delta(text="aE", token_ids=tuple(b"aE"))
+    assert got.reason == "length"
 
 
 @pytest.mark.parametrize("token_id", [-1, 128, IMAGE])
