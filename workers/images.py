@@ -26,6 +26,15 @@ class Picture:
 
     pixels: Image.Image
 
+    @classmethod
+    def blank(cls) -> Picture:
+        """A small gray one."""
+        return cls(Image.new("RGB", (64, 64), "gray"))
+
+    def data_uri(self) -> str:
+        """As a client would send it."""
+        return f"data:image/png;base64,{base64.b64encode(self.png()).decode()}"
+
     def png(self) -> bytes:
         """The same pixels as a PNG made by us: what leaves this process is never what came in."""
         buffer = io.BytesIO()

@@ -45,6 +45,7 @@ from protocol.events import (
 )
 from protocol.logs import request_id_var
 from protocol.messages import (
+    IMAGE_PLACEHOLDER,
     PROTOCOL_VERSION,
     Capabilities,
     GenerateRequest,
@@ -158,9 +159,18 @@ class Shell:
     # ---- one request
 
     async def warm_up(self) -> None:
-        """A short generation: the first request finds everything warm, and ``speed`` a value."""
+        """A short generation: the first request finds everything warm, and ``speed`` a value.
+
+        A model that sees is shown a picture, so that what breaks on pictures breaks here.
+        """
+        sees = self._info is not None and self._info.capabilities.images
+        picture = images.Picture.blank().data_uri()
         request = GenerateRequest(
-            model=self._settings.name, prompt="Count to 100.", temperature=0, max_new_tokens=24
+            model=self._settings.name,
+            prompt=f"{IMAGE_PLACEHOLDER if sees else ''}\nCount to 100.",
+            images=(picture,) if sees else (),
+            temperature=0,
+            max_new_tokens=24,
         )
         async with aclosing(self._run(request)) as events:
             async for _ in events:

@@ -57,7 +57,11 @@ class LlavaForConditionalGeneration(nn.Module):
         self.language_model = getattr(importlib.import_module(module), name)(
             text, quant_config=quant_config, prefix=add_prefix("language_model", prefix)
         )
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        # SGLang makes the precision that was asked for torch's default; transformers would take
+        # the one that the vision tower was saved in.
+        self.vision_tower = AutoModel.from_config(
+            config.vision_config, dtype=torch.get_default_dtype()
+        )
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self._padding = MultiModalityDataPaddingPatternMultimodalTokens()
 
