@@ -19,7 +19,7 @@ from controller.generation import Generator
 from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.policy import POLICIES
-from controller.registry import Registry
+from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
 from transport import process
 from transport.client import HttpPool
@@ -37,7 +37,10 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
     """Make the parts and join them; needs a running event loop."""
     epoch = time.time_ns()
     registry = Registry(
-        clock=time.monotonic, ttl_s=settings.expiry_s, on_change=lambda: on_change()
+        clock=time.monotonic,
+        ttl_s=settings.expiry_s,
+        on_change=lambda: on_change(),
+        on_event=_log_event,
     )
     policy, source = POLICIES[settings.dispatch_method], random.Random()
     dispatcher = Dispatcher(
@@ -71,6 +74,12 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )
     return controller, pool
+
+
+def _log_event(event: MembershipEvent) -> None:
+    level = logging.WARNING if event.what in {"lost", "expired"} else logging.INFO
+    fields = {"worker_id": event.worker_id, "address": event.address, "reason": event.reason}
+    log.log(level, event.what, extra={k: v for k, v in fields.items() if v})
 
 
 async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import httpx
 from pydantic import ValidationError
@@ -21,8 +20,6 @@ from protocol.messages import (
 from transport import tripwire
 from transport.client import Unreachable
 from transport.process import check_address
-
-log = logging.getLogger(__name__)
 
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well
 
@@ -49,10 +46,6 @@ class Liveness:
         address = _address(registration.worker_name)
         status = await self._dial(address, registration.worker_status)
         self._registry.register(address, status, check_heart_beat=registration.check_heart_beat)
-        log.info(
-            "registered",
-            extra={"worker_id": status.worker_id, "address": address, "kind": status.kind},
-        )
         return self._lease(exist=True)
 
     async def renew(self, heartbeat: Heartbeat) -> Lease:
@@ -179,15 +172,6 @@ class Liveness:
 
     def _forget(self, replica: Replica, reason: str) -> None:
         what = "left" if replica.status.state is WorkerState.DRAINING else "lost"
-        if self._registry.get(replica.address) is replica:
-            log.warning(
-                what,
-                extra={
-                    "worker_id": replica.worker_id,
-                    "address": replica.address,
-                    "reason": reason,
-                },
-            )
         self._registry.remove(replica, what, reason)
 
 
@@ -199,4 +183,13 @@ def _address(worker_name: str) -> str:
 
 
 def _reason(exc: Exception) -> str:
-    return str(exc) or type(exc).__name__
+    """What has gone wrong with a connection, in words; httpx's own are none."""
+    if isinstance(exc, httpx.TimeoutException | TimeoutError):
+        return "it does not answer in time"
+    if isinstance(exc, httpx.ConnectError | ConnectionRefusedError):
+        return "no connection can be made"
+    if isinstance(exc, httpx.TransportError | OSError):
+        return "the connection broke"
+    if isinstance(exc, httpx.HTTPStatusError):
+        return f"it answers {exc.response.status_code}"
+    return "its answer cannot be read"

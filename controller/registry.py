@@ -49,14 +49,23 @@ class MembershipEvent:
 
 
 class Registry:
-    """The replicas by address. Every change calls ``on_change``."""
+    """The replicas by address.
+
+    Every change calls ``on_change``; what people would want to read of, ``on_event`` before it.
+    """
 
     def __init__(
-        self, *, clock: Callable[[], float], ttl_s: float, on_change: Callable[[], None]
+        self,
+        *,
+        clock: Callable[[], float],
+        ttl_s: float,
+        on_change: Callable[[], None],
+        on_event: Callable[[MembershipEvent], None],
     ) -> None:
         self._clock = clock
         self._ttl_s = ttl_s
         self._on_change = on_change
+        self._on_event = on_event
         self._replicas: dict[str, Replica] = {}
         self._known_models: dict[str, None] = {}  # ever served here, in order of appearance
         self.events: deque[MembershipEvent] = deque(maxlen=200)
@@ -144,6 +153,6 @@ class Registry:
         self._known_models.update(dict.fromkeys(status.model_names))
 
     def _note(self, what: str, replica: Replica, reason: str = "") -> None:
-        self.events.append(
-            MembershipEvent(self._clock(), what, replica.worker_id, replica.address, reason)
-        )
+        event = MembershipEvent(self._clock(), what, replica.worker_id, replica.address, reason)
+        self.events.append(event)
+        self._on_event(event)

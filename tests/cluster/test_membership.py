@@ -133,7 +133,7 @@ async def test_a_controller_below_a_controller(cluster: Cluster) -> None:
 
 
 async def test_drain_and_resume(cluster: Cluster) -> None:
-    controller = await cluster.controller()
+    controller = await cluster.controller(dispatch_method="shortest_queue")
     await cluster.worker(controller, worker_id="one", delay_s=0.01)
     await cluster.worker(controller, worker_id="two", delay_s=0.01)
     client = cluster.client(controller)

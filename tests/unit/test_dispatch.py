@@ -34,7 +34,10 @@ class Desk:
     def __init__(self, **limits: Any) -> None:
         self.clock = Clock()
         self.registry = Registry(
-            clock=self.clock, ttl_s=90, on_change=lambda: self.dispatcher.wake()
+            clock=self.clock,
+            ttl_s=90,
+            on_change=lambda: self.dispatcher.wake(),
+            on_event=lambda _: None,
         )
         defaults: dict[str, Any] = {
             "max_waiting": 100,

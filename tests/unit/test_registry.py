@@ -13,7 +13,9 @@ class Watched(Registry):
     def __init__(self, ttl_s: float = 90) -> None:
         self.clock = Clock()
         self.changes = 0
-        super().__init__(clock=self.clock, ttl_s=ttl_s, on_change=self._count)
+        super().__init__(
+            clock=self.clock, ttl_s=ttl_s, on_change=self._count, on_event=lambda _: None
+        )
 
     def _count(self) -> None:
         self.changes += 1
