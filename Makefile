@@ -24,6 +24,7 @@ test: export HF_HUB_OFFLINE = 1
 test: export HF_HUB_DISABLE_TELEMETRY = 1
 test: export DO_NOT_TRACK = 1
 test: $(READY) ## all tests; no GPU and no network needed
+	@command -v curl >/dev/null || { apt-get update -qq && apt-get install -y -qq curl; } # the README uses it
 	@$(BIN)/python -m pytest
 
 check: $(READY) ## style, types and import rules; looks and never writes

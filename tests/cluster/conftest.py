@@ -163,7 +163,7 @@ class Cluster:
     def __init__(self) -> None:
         self._running: list[Running] = []
         self._faulty: list[FaultyWorker] = []
-        self._clients: list[httpx.AsyncClient] = []
+        self._clients: dict[tuple[str, float], httpx.AsyncClient] = {}
 
     async def controller(self, *, port: int | None = None, **settings: Any) -> Running:
         port = free_port() if port is None else port
@@ -229,9 +229,10 @@ class Cluster:
         return worker
 
     def client(self, running: Running, timeout_s: float = 20) -> httpx.AsyncClient:
-        client = httpx.AsyncClient(base_url=running.address, timeout=timeout_s)
-        self._clients.append(client)
-        return client
+        key = (running.address, timeout_s)
+        if key not in self._clients:  # each reads its certificates, which takes a while
+            self._clients[key] = httpx.AsyncClient(base_url=running.address, timeout=timeout_s)
+        return self._clients[key]
 
     async def _healthy(self, running: Running) -> None:
         client = self.client(running)
@@ -270,7 +271,7 @@ class Cluster:
         await until(quiet)
 
     async def aclose(self) -> None:
-        for client in self._clients:
+        for client in self._clients.values():
             await client.aclose()
         for running in reversed(self._running):
             running._stop.second.set()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
 from workers.settings import WorkerSettings
 
 
 class HfSettings(WorkerSettings):
     """How transformers loads and runs the model."""
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m workers.hf")
 
     limit_model_concurrency: int = Field(
         default=5, ge=1, description="requests decoded at once, each in its own thread"

@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field, field_validator
-from pydantic_settings import CliSuppress
+from pydantic_settings import CliSuppress, SettingsConfigDict
 
 from transport.process import check_address
 from workers.settings import WorkerSettings
 
 
 class SglangSettings(WorkerSettings):
-    """How the SGLang server is started, or which running one is used."""
+    """How the SGLang server is started, or which running one is used.
+
+    What follows -- goes to SGLang untouched.
+    """
+
+    model_config = SettingsConfigDict(cli_prog_name="python -m workers.sglang")
 
     limit_model_concurrency: int | None = Field(
         default=None, ge=1, description="requests decoded at once; as many as SGLang batches"
