@@ -101,13 +101,13 @@ def bind(host: str, port: int | None, *, first_free: int = 0) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, candidate))
+            sock.listen(4096)  # may be refused too: two can bind at the same moment
         except OSError as exc:
             sock.close()
             if exc.errno == errno.EADDRINUSE and port is None:
                 continue
             reason = "is taken by another process" if exc.errno == errno.EADDRINUSE else str(exc)
             usage_error(f"{host}:{candidate} {reason}; choose another with --port.")
-        sock.listen(4096)
         sock.setblocking(False)
         return sock
     usage_error(f"No free port from {first_free} to {first_free + 999} on {host}.")

@@ -12,8 +12,9 @@ from protocol.errors import TandemError
 from transport import process
 from transport.membership import Membership
 from workers.engine import Engine
-from workers.server import Shell
+from workers.server import create_app
 from workers.settings import WorkerSettings
+from workers.shell import Shell
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class _Worker:
 
     async def run(self, stop: process.StopSignal) -> int:
         """Returns the exit code of the process."""
-        server = process.Server(self._shell.app, self._sock, grace_s=1)
+        server = process.Server(create_app(self._shell), self._sock, grace_s=1)
         await server.start()
         log.info("listening", extra={"address": self._address, "kind": self._engine.kind})
         tasks = [asyncio.create_task(m.run()) for m in self._memberships]
@@ -84,11 +85,11 @@ class _Worker:
             await process.first_of(self._engine.failed(), stop.wait())
         except TandemError as error:
             log.error("the engine died: %s", error.message)
-            self._shell.fail(error)
+            self._shell.leave(error)
             # The streams that ran end by themselves now, with the engine's error.
             await process.first_of(self._shell.idle(), asyncio.sleep(1))
             return process.EXIT_ENGINE_DIED
-        self._shell.drain()
+        self._shell.leave()
         with suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await asyncio.gather(*(membership.told() for membership in self._memberships))

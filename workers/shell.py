@@ -1,0 +1,278 @@
+"""The shell: admission, slots and status around any engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+
+from anyio import CapacityLimiter, WouldBlock, move_on_after, to_thread
+
+from protocol.errors import (
+    Draining,
+    EngineFailed,
+    ModelNotFound,
+    NoReplicaAvailable,
+    Overloaded,
+    TandemError,
+    Unsupported,
+)
+from protocol.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    is_terminal,
+)
+from protocol.messages import (
+    IMAGE_PLACEHOLDER,
+    PROTOCOL_VERSION,
+    Capabilities,
+    GenerateRequest,
+    WorkerState,
+    WorkerStatus,
+)
+from workers import images
+from workers.engine import Engine, EngineInfo
+from workers.metrics import Metrics
+from workers.settings import WorkerSettings
+from workers.speed import SpeedMeter
+
+log = logging.getLogger(__name__)
+
+_OUTSIDE_CAPABILITIES = {
+    "adapters": "adapter",
+    "chat": "messages",
+    "grammar": "json_schema or regex",
+    "images": "images",
+    "resume": "resume_token_ids",
+}
+"""Capabilities whose request field has another name."""
+
+
+class Shell:
+    """One engine behind the worker's routes.
+
+    ``state`` moves starting -> ready <-> draining; only a ready worker takes requests.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        kind: str,
+        worker_id: str,
+        settings: WorkerSettings,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._on_change = on_change  # called when the state has changed
+        self._kind = kind
+        self.worker_id = worker_id
+        self.max_body_bytes = settings.max_body_bytes
+        self._epoch = time.time_ns()
+        self._info: EngineInfo | None = None
+        self._slots = CapacityLimiter(1)
+        self._speed = SpeedMeter(time.monotonic)
+        self._leaving = False
+        self._failure: TandemError | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.state = WorkerState.STARTING
+        self.progress = "starting"
+        self.metrics = Metrics(self.status)
+
+    # ---- life
+
+    def start(self, info: EngineInfo) -> None:
+        """The engine is loaded; ``ready`` opens the door."""
+        self._info = info
+        self._slots.total_tokens = self._settings.limit_model_concurrency or info.capacity
+
+    def ready(self) -> None:
+        self._enter(WorkerState.READY)
+
+    def drain(self) -> None:
+        """Finish what runs, accept nothing (law L6); only a ready worker can."""
+        if self.state is WorkerState.READY:
+            self._enter(WorkerState.DRAINING)
+
+    def resume(self) -> None:
+        """Accept requests again, unless the process is about to end."""
+        if self.state is WorkerState.DRAINING and not self._leaving:
+            self.ready()
+
+    def leave(self, failure: TandemError | None = None) -> None:
+        """Drain for good, because the process ends; ``failure`` is why its engine died."""
+        self._leaving = True
+        self._failure = failure
+        self._enter(WorkerState.DRAINING)
+
+    async def idle(self) -> None:
+        """Return when nothing runs."""
+        await self._idle.wait()
+
+    def _enter(self, state: WorkerState) -> None:
+        self.state = state
+        self._on_change()
+        log.info("state", extra={"worker_id": self.worker_id, "state": state.value})
+
+    def status(self) -> WorkerStatus:
+        slots = self._slots.statistics()
+        info = self._info
+        return WorkerStatus(
+            model_names=(self._settings.name,),
+            speed=round(self._speed.tokens_per_s, 2),
+            queue_length=slots.borrowed_tokens + slots.tasks_waiting,
+            worker_id=self.worker_id,
+            epoch=self._epoch,
+            kind=self._kind,
+            state=self.state,
+            capacity=int(slots.total_tokens),
+            running=slots.borrowed_tokens,
+            waiting=slots.tasks_waiting,
+            context_length=info.context_length if info else None,
+            image_tokens=info.image_tokens if info else 0,
+            capabilities=info.capabilities if info else Capabilities(chat=True),
+            precision=info.precision if info else None,
+            device=info.device if info else None,
+            adapters=info.adapters if info else (),
+            cache=self._engine.cache() if info else None,
+            versions=info.versions if info else {},
+            progress=self.progress if self.state is WorkerState.STARTING else None,
+            protocol_version=PROTOCOL_VERSION,
+        )
+
+    # ---- one request
+
+    async def warm_up(self) -> None:
+        """A short generation: the first request finds everything warm, and ``speed`` a value.
+
+        A model that sees is shown a picture, so that what breaks on pictures breaks here.
+        """
+        sees = self._info is not None and self._info.capabilities.images
+        picture = images.Picture.blank().data_uri()
+        request = GenerateRequest(
+            model=self._settings.name,
+            prompt=f"{IMAGE_PLACEHOLDER if sees else ''}\nCount to 100.",
+            images=(picture,) if sees else (),
+            temperature=0,
+            max_new_tokens=24,
+        )
+        async with aclosing(self._run(request)) as events:
+            async for _ in events:
+                pass
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
+        """The event stream of ``request``; refusals are raised before its first event.
+
+        Raises:
+            TandemError: before the first event only; after it the error is a ``Failed`` event.
+        """
+        self._check(request)
+        started = False
+        outcome = "cancelled"
+        tokens = 0
+        begun_s = time.monotonic()
+        ttft_s: float | None = None
+        try:
+            async with aclosing(self._run(request)) as events:
+                async for event in events:
+                    if ttft_s is None:
+                        ttft_s = time.monotonic() - begun_s
+                    if isinstance(event, Delta):
+                        tokens += len(event.token_ids)
+                    else:
+                        outcome = event.reason
+                    started = True
+                    yield event
+        except TandemError as error:
+            outcome = error.code
+            if not started:
+                raise
+            yield Failed.of(error)
+        finally:
+            self.metrics.ended(outcome, tokens)
+            log.info(
+                "finished",
+                extra={
+                    "outcome": outcome,
+                    "ttft_s": ttft_s,
+                    "duration_s": time.monotonic() - begun_s,
+                    "tokens": tokens,
+                },
+            )
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Whether this worker takes this request now; the controller may be out of date."""
+        if self._failure is not None:
+            raise EngineFailed(self._failure.message, remedy=self._failure.remedy)
+        if self.state is WorkerState.DRAINING:
+            raise Draining("This worker finishes what runs and accepts nothing new.")
+        if self.state is WorkerState.STARTING or self._info is None:
+            raise NoReplicaAvailable(
+                f"This worker is not ready yet: {self.progress}.", retry_after_s=5
+            )
+        if request.model != self._settings.name:
+            raise ModelNotFound(
+                f"This worker serves {self._settings.name!r}, not {request.model!r}."
+            )
+        for need in self._info.capabilities.missing(request.needs):
+            raise Unsupported(
+                f"The {self._kind} worker on {self._info.device} does not support "
+                f"{_OUTSIDE_CAPABILITIES.get(need, need)}."
+            )
+
+    async def _run(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished]:
+        """Exactly one terminal event, in a slot that this function takes and gives back (L1)."""
+        async with self._slot():
+            decode = partial(images.decode, max_pixels=self._settings.max_image_pixels)
+            pictures = await to_thread.run_sync(decode, request.images) if request.images else []
+            try:
+                async with aclosing(self._engine.generate(request, pictures)) as events:
+                    async for event in events:
+                        if isinstance(event, Delta):
+                            self._speed.count(len(event.token_ids))
+                        yield event
+                        if is_terminal(event):
+                            return
+            except TandemError:
+                raise
+            except Exception as exc:
+                log.exception("the engine raised something it should not")
+                raise EngineFailed(f"The engine failed: {type(exc).__name__}.") from exc
+            raise EngineFailed("The engine ended without saying that it had finished.")
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """One of ``capacity`` slots, after a bounded wait in arrival order."""
+        borrower = object()
+        try:
+            self._slots.acquire_on_behalf_of_nowait(borrower)
+        except WouldBlock:
+            await self._wait_for_slot(borrower)
+        self._idle.clear()
+        self._speed.begin()
+        try:
+            if self.state is WorkerState.DRAINING:
+                raise Draining("This worker began to drain while the request waited.")
+            yield
+        finally:
+            self._speed.end()
+            self._slots.release_on_behalf_of(borrower)
+            if not self._slots.borrowed_tokens:
+                self._idle.set()
+
+    async def _wait_for_slot(self, borrower: object) -> None:
+        waiting = self._slots.statistics().tasks_waiting
+        if waiting >= self._settings.max_waiting:
+            raise Overloaded(f"{waiting} requests wait already at this worker.", retry_after_s=1)
+        with move_on_after(self._settings.max_wait_s) as scope:
+            await self._slots.acquire_on_behalf_of(borrower)
+        if scope.cancelled_caught:
+            raise Overloaded(
+                f"No slot became free within {self._settings.max_wait_s:g} s.", retry_after_s=1
+            )
