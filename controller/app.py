@@ -13,8 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controller import openai
 from controller.dispatch import Demand, Dispatcher, eligible
@@ -59,7 +58,7 @@ class Controller:
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
 
-def create_app(controller: Controller) -> FastAPI:
+def create_app(controller: Controller) -> ASGIApp:
     """All routes over ``controller``."""
     app = FastAPI(title="Tandem controller")
     app.add_exception_handler(TandemError, _refuse)
@@ -67,12 +66,13 @@ def create_app(controller: Controller) -> FastAPI:
     _membership_routes(app, controller)
     _model_routes(app, controller)
     _operator_routes(app, controller)
-    for path, endpoint in (
-        ("/worker_generate_stream", _GenerateStream(controller)),
-        ("/v1/chat/completions", _ChatCompletions(controller)),
-    ):
-        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
-    return app
+    return asgi.beside(
+        app,
+        {
+            "/worker_generate_stream": _GenerateStream(controller),
+            "/v1/chat/completions": _ChatCompletions(controller),
+        },
+    )
 
 
 async def _refuse(_: Request, exc: Exception) -> Response:
@@ -281,7 +281,8 @@ async def _cumulative(frames: AsyncGenerator[bytes], prompt: str) -> AsyncGenera
     decoder, encoder = SseDecoder(), NulEncoder(prompt)
     async with aclosing(frames):
         async for data in frames:
-            yield b"".join(encoder.encode(event) for event in decoder.feed(data))
+            out = b"".join(encoder.encode(event) for event in decoder.feed(data))
+            yield asgi.LastChunk(out) if isinstance(data, asgi.LastChunk) else out
 
 
 def _id_header(request_id: str) -> list[tuple[bytes, bytes]]:

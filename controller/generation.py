@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from controller.dispatch import Demand, Dispatcher
@@ -16,6 +15,7 @@ from controller.settings import ControllerSettings
 from protocol.errors import NoReplicaAvailable, TandemError
 from protocol.events import Failed, Finished, Terminal, encode_sse
 from protocol.messages import GenerateRequest
+from transport.asgi import LastChunk
 from transport.client import HttpPool
 
 log = logging.getLogger(__name__)
@@ -64,76 +64,65 @@ class Generator:
             TandemError: before the first frame only; after it the error is a ``Failed`` frame.
         """
         account = _Account(self._clock())
-        try:
-            async with aclosing(self._placed(request, body, request_id, account)) as frames:
-                async for data in frames:
-                    yield data
-        except TandemError as error:
-            account.outcome = error.code
-            if account.ttft_s is None:
-                raise
-            yield encode_sse(Failed.of(error))
-        finally:
-            self._close(account, request, request_id)
-
-    async def _placed(
-        self, request: GenerateRequest, body: bytes, request_id: str, account: _Account
-    ) -> AsyncGenerator[bytes]:
-        """Frames from the first replica that gives any."""
         demand = Demand.of(request, len(body))
-        excluded: frozenset[str] = frozenset()
+        tried: frozenset[str] = frozenset()
         lost: TandemError | None = None
-        while True:
-            asked_at = self._clock()
-            try:
-                async with self._dispatcher.lease(demand, excluded) as replica:
+        # One generator, not one a layer: each would cost every token a hop.
+        try:
+            while True:
+                asked_at = self._clock()
+                async with self._dispatcher.lease(demand, tried) as replica:
                     account.waited_s += self._clock() - asked_at
                     account.worker_id = replica.worker_id
+                    relay = self._relay(replica)
                     try:
-                        relayed = self._relayed(replica, request, body, request_id, account)
-                        async with aclosing(relayed) as frames:
-                            async for data in frames:
-                                yield data
+                        await relay.open(body, request.prompt or "", request_id)
+                        data = await relay.read()
+                        if isinstance(relay.terminal, Failed):
+                            raise relay.terminal.error()  # nothing was sent: still a refusal (L3)
+                        last_at = self._first(account)
+                        while relay.terminal is None:
+                            yield data
+                            data = await relay.read()
+                            now = self._clock()
+                            self._metrics.itl_s.observe(now - last_at)
+                            last_at = now
+                        account.terminal = relay.terminal
+                        yield LastChunk(data)
                         return
                     except TandemError as error:
                         self._liveness.suspect(replica, error)
                         if account.ttft_s is not None or not error.retry_elsewhere:
                             raise
                         lost = error
-                        excluded |= {replica.address}
-            except NoReplicaAvailable as error:
-                raise (lost or error) from error  # what failed says more than that none is left
-            self._metrics.retries.inc()
+                        tried |= {replica.address}
+                    finally:
+                        relay.close()
+                self._metrics.retries.inc()
+        except TandemError as error:
+            # What failed says more than that no replica is left.
+            told = lost if lost is not None and isinstance(error, NoReplicaAvailable) else error
+            account.outcome = told.code
+            if account.ttft_s is None:
+                raise told from None
+            yield LastChunk(encode_sse(Failed.of(told)))
+        finally:
+            self._close(account, request, request_id)
 
-    async def _relayed(
-        self,
-        replica: Replica,
-        request: GenerateRequest,
-        body: bytes,
-        request_id: str,
-        account: _Account,
-    ) -> AsyncGenerator[bytes]:
-        """Frames of one replica, timed."""
-        relay = Relay(
+    def _relay(self, replica: Replica) -> Relay:
+        return Relay(
             self._pool,
             replica,
             first_event_timeout_s=self._settings.first_event_timeout_s,
             event_timeout_s=self._settings.event_timeout_s,
         )
-        last_at = 0.0
-        async with aclosing(relay.frames(body, request.prompt or "", request_id)) as frames:
-            async for data in frames:
-                now = self._clock()
-                if account.ttft_s is None:
-                    if isinstance(relay.terminal, Failed):
-                        raise relay.terminal.error()  # nothing was sent: still a refusal (L3)
-                    account.ttft_s = now - account.begun_at
-                    self._metrics.ttft_s.observe(account.ttft_s)
-                else:
-                    self._metrics.itl_s.observe(now - last_at)
-                last_at = now
-                account.terminal = relay.terminal
-                yield data
+
+    def _first(self, account: _Account) -> float:
+        """The first event is here: the time to first token is known."""
+        now = self._clock()
+        account.ttft_s = now - account.begun_at
+        self._metrics.ttft_s.observe(account.ttft_s)
+        return now
 
     def _close(self, account: _Account, request: GenerateRequest, request_id: str) -> None:
         """Metrics and the one log line of this request."""

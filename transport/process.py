@@ -23,6 +23,8 @@ from starlette.types import ASGIApp
 
 from protocol import logs
 
+_ACCEPTS_PER_TURN = 16
+
 EXIT_USAGE = 2
 EXIT_START_FAILED = 3
 EXIT_ENGINE_DIED = 70
@@ -155,18 +157,21 @@ class Server:
             access_log=False,
             server_header=False,
             http="httptools",
+            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(grace_s)),
             lifespan="off",
             backlog=4096,
         )
         self._uvicorn = _Server(config)
-        self._sock = sock
+        # uvloop accepts one connection a turn of the loop for each socket it watches. Under load
+        # a turn is long and newcomers would wait for seconds, so it watches this one many times.
+        self._socks = [sock, *(sock.dup() for _ in range(_ACCEPTS_PER_TURN - 1))]
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Return when requests are accepted."""
-        self._task = asyncio.create_task(self._uvicorn.serve(sockets=[self._sock]))
+        self._task = asyncio.create_task(self._uvicorn.serve(sockets=self._socks))
         while not self._uvicorn.started:
             if self._task.done():
                 self._task.result()

@@ -9,23 +9,26 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import TandemError
-from protocol.events import NUL_MEDIA_TYPE, SSE_MEDIA_TYPE, Event, NulEncoder, encode_sse
+from protocol.events import (
+    NUL_MEDIA_TYPE,
+    SSE_MEDIA_TYPE,
+    Event,
+    NulEncoder,
+    encode_sse,
+    is_terminal,
+)
 from protocol.logs import request_id_var
 from protocol.messages import GenerateRequest, WorkerState, WorkerStatus
 from transport import asgi
 from workers.shell import Shell
 
 
-def create_app(shell: Shell) -> FastAPI:
+def create_app(shell: Shell) -> ASGIApp:
     """All routes over ``shell``."""
     app = FastAPI(title="Tandem worker", openapi_url=None)
-    app.router.routes.append(
-        Route("/worker_generate_stream", _GenerateStream(shell), methods=["POST"])
-    )
 
     @app.post("/worker_get_status")
     async def get_status() -> WorkerStatus:
@@ -53,7 +56,7 @@ def create_app(shell: Shell) -> FastAPI:
         shell.resume()
         return shell.status()
 
-    return app
+    return asgi.beside(app, {"/worker_generate_stream": _GenerateStream(shell)})
 
 
 class _GenerateStream:
@@ -93,4 +96,5 @@ class _GenerateStream:
     ) -> AsyncGenerator[bytes]:
         async with aclosing(self._shell.generate(request)) as events:
             async for event in events:
-                yield encode(event)
+                data = encode(event)
+                yield asgi.LastChunk(data) if is_terminal(event) else data
