@@ -42,7 +42,11 @@ class Process:
         self.module = module
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", module, "--log-json", *args],
+                # The tether ends it also when the tests themselves are killed.
+                [
+                    *(sys.executable, "-m", "cluster.tether", str(os.getpid())),
+                    *("-m", module, "--log-json", *args),
+                ],
                 cwd=ROOT,
                 env={**os.environ, **(env or {})},
                 stdin=subprocess.DEVNULL,
