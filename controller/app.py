@@ -60,7 +60,7 @@ class Controller:
 
 def create_app(controller: Controller) -> ASGIApp:
     """All routes over ``controller``."""
-    app = FastAPI(title="Tandem controller")
+    app = FastAPI(title="Tandem controller", docs_url=None, redoc_url=None)  # they load from a CDN
     app.add_exception_handler(TandemError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_invalid)
     _membership_routes(app, controller)

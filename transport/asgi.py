@@ -167,31 +167,41 @@ async def respond(
     # No task group: it would wrap a typed refusal into an ExceptionGroup.
     with CancelScope() as scope:
         watcher = asyncio.ensure_future(_cancel_on_disconnect(receive, scope))
+        started = ended = False
         try:
             async with aclosing(chunks):
-                try:
-                    first = await anext(chunks, LastChunk())
-                except TandemError as error:
-                    await send_error(send, error, headers)
-                    return
-                start: Message = {
-                    "type": "http.response.start",
-                    "status": 200,
-                    "headers": [
-                        (b"content-type", media_type.encode()),
-                        (b"cache-control", b"no-cache"),
-                        (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
-                        *headers,
-                    ],
-                }
-                await send(start)
-                chunk = first
-                while not isinstance(chunk, LastChunk):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    chunk = await anext(chunks, LastChunk())
-                await send({"type": "http.response.body", "body": chunk})
+                async for chunk in chunks:
+                    if not started:
+                        started = True
+                        await send(_start(media_type, headers))
+                    ended = isinstance(chunk, LastChunk)
+                    message = {"type": "http.response.body", "body": chunk, "more_body": not ended}
+                    await send(message)
+                    if ended:
+                        break
+            if not ended:
+                if not started:
+                    await send(_start(media_type, headers))
+                await send({"type": "http.response.body", "body": b""})
+        except TandemError as error:
+            if started:
+                raise
+            await send_error(send, error, headers)
         finally:
             watcher.cancel()
+
+
+def _start(media_type: str, headers: Headers) -> Message:
+    return {
+        "type": "http.response.start",
+        "status": 200,
+        "headers": [
+            (b"content-type", media_type.encode()),
+            (b"cache-control", b"no-cache"),
+            (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+            *headers,
+        ],
+    }
 
 
 async def _cancel_on_disconnect(receive: Receive, scope: CancelScope) -> None:

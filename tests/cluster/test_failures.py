@@ -8,6 +8,7 @@ import httpx
 import orjson
 import pytest
 
+from protocol.errors import ERRORS
 from protocol.events import Delta, Failed, Finished, encode_sse
 from tests.cluster.conftest import (
     END,
@@ -188,15 +189,24 @@ async def test_a_stream_keeps_its_slot_until_its_end(cluster: Cluster) -> None:
     assert (await cluster.client(worker).post("/worker_get_status")).json()["running"] == 0
 
 
-async def test_an_engine_that_fails_is_told_and_the_worker_serves_on(cluster: Cluster) -> None:
+@pytest.mark.parametrize("code", ERRORS)
+async def test_every_error_is_told_as_itself_and_the_worker_serves_on(
+    cluster: Cluster, code: str
+) -> None:
+    """Before the first event as a status, after it as the last event of the stream."""
     controller = await cluster.controller()
-    await cluster.worker(controller, fail_after=30, fail_with="engine_failed")
+    await cluster.faulty(controller, refusal(code), model_names=["early"])
+    await cluster.worker(controller, model_name="late", fail_after=30, fail_with=code)
     client = cluster.client(controller)
-    events = await ask(client, prompt="x" * 50)
+    response = await client.post(PATH, json={"model": "early", "prompt": "x"})
+    assert response.status_code == ERRORS[code].status
+    assert response.json()["error"]["code"] == code
+    events = await ask(client, model="late", prompt="x" * 50)
     assert isinstance(events[-1], Failed)
-    assert events[-1].code == "engine_failed"
+    assert events[-1].code == code
     assert text(events) == "x" * 30
-    assert text(await ask(client, prompt="short")) == "short"
+    assert text(await ask(client, model="late", prompt="short")) == "short"
+    await cluster.wait_quiet(controller)
 
 
 async def test_a_refusal_that_holds_everywhere_is_not_retried(cluster: Cluster) -> None:

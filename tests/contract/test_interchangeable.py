@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import pytest
 
+from protocol.messages import WorkerStatus
 from tests.contract.conftest import START_TIMEOUT_S, Workers
+from tests.processes import running
 from tests.streams import ask, encoded, picture, user
 
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 60)
@@ -78,3 +83,29 @@ def test_the_second_question_about_a_picture_is_cached(workers: Workers) -> None
         for question in ("What is this?", "What color is the square?")
     ]
     assert answers[1].finished.cached_tokens >= 49, "all of the picture's tokens"
+    response = httpx.post(f"{workers['sglang'].address}/worker_get_status")
+    cache = WorkerStatus.model_validate_json(response.content).cache
+    assert cache is not None
+    assert cache.hit_rate > 0
+    assert 0 < cache.used_tokens <= cache.size_tokens
+
+
+def test_a_worker_attached_to_a_running_sglang_server(workers: Workers, tmp_path: Path) -> None:
+    """--sgl-endpoint: the same server, and the same answers, without starting another."""
+    children = psutil.Process(workers["sglang"].process.pid).children()
+    command = next(child.cmdline() for child in children if "--port" in child.cmdline())
+    endpoint = f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+    flags = ("--port", "0", "--no-register", "--sgl-endpoint", endpoint)
+    with running(tmp_path, "workers.sglang", *flags) as attached:
+        address = attached.wait_ready(START_TIMEOUT_S)
+        assert not psutil.Process(attached.pid).children()
+        fields: dict[str, Any] = {
+            "model": "pocket-llava",
+            "messages": user("<image>What is this?"),
+            "images": [encoded(picture("circle", "green"))],
+            "temperature": 0,
+        }
+        answer = ask(address, **fields)
+        assert answer.token_ids == ask(workers["sglang"].address, **fields).token_ids
+        assert answer.text
+    assert ask(workers["sglang"].address, **fields).text == answer.text, "it was not stopped"
