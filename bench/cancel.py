@@ -1,0 +1,95 @@
+"""How soon a worker stops computing for a client that has left.
+
+    python bench/cancel.py --kind hf
+    python bench/cancel.py --kind sglang
+
+Starts one worker on the embedded model in float32 on the CPU, leaves requests while they decode
+and while a prompt of about 2000 tokens is prefilled, and measures the time from closing the
+connection until the worker reports that nothing runs: the engine has then stopped, because the
+worker gives a slot back no earlier. Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+DECODE = {"messages": [{"role": "user", "content": "Count from 1 to 100."}]}
+PREFILL = {"prompt": "word " * 800}  # 2.5 tokens each
+
+
+def leave(address: str, fields: Mapping[str, object], *, first_token: bool, wait_s: float) -> float:
+    """Milliseconds from closing the connection until the worker is idle."""
+    body = json.dumps(
+        {"model": "pocket-llava", "temperature": 0, "max_new_tokens": 2000, **fields}
+    ).encode()
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /worker_generate_stream HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(head.encode() + b"accept: text/event-stream\r\n\r\n" + body)
+        if first_token:
+            connection.recv(1)
+        time.sleep(wait_s)
+    closed_at = time.perf_counter()
+    with httpx.Client(base_url=address) as client:
+        while client.post("/worker_get_status").json()["running"]:
+            time.sleep(0.001)
+    return (time.perf_counter() - closed_at) * 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--kind", choices=["hf", "sglang"], required=True)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--port", type=int, default=41101)
+    args = parser.parse_args()
+    flags = ["--no-register", "--dtype", "float32", "--device", "cpu", "--log-level", "ERROR"]
+    command = [sys.executable, "-m", f"workers.{args.kind}", "--port", str(args.port), *flags]
+    worker = subprocess.Popen(command, cwd=ROOT)
+    address = f"http://127.0.0.1:{args.port}"
+    source = random.Random(1)
+    found: dict[str, list[float]] = {"decode": [], "prefill": []}
+    try:
+        while True:
+            if worker.poll() is not None:
+                raise SystemExit(f"error: the worker ended with {worker.returncode}")
+            try:
+                if httpx.get(f"{address}/healthz").status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        for _ in track(range(args.rounds), description=f"leaving the {args.kind} worker"):
+            wait_s = source.uniform(0, 0.05)
+            found["decode"].append(leave(address, DECODE, first_token=True, wait_s=wait_s))
+            found["prefill"].append(leave(address, PREFILL, first_token=False, wait_s=wait_s))
+    finally:
+        worker.terminate()
+        worker.wait()
+    table = Table("phase", "median ms", "90 %", "worst", title=f"{args.kind}: idle after leaving")
+    figures = {}
+    for phase, times in found.items():
+        times.sort()
+        tenths = statistics.median(times), times[int(len(times) * 0.9)], times[-1]
+        figures[phase] = dict(zip(("median_ms", "p90_ms", "worst_ms"), tenths, strict=True))
+        table.add_row(phase, *(f"{value:.1f}" for value in tenths))
+    Console().print(table)
+    print(json.dumps({"kind": "cancel", "worker": args.kind, "rounds": args.rounds, **figures}))
+
+
+if __name__ == "__main__":
+    main()
