@@ -1,0 +1,1 @@
+"""Soak test of the controller: ``python -m bench.soak``."""
