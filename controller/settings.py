@@ -35,7 +35,7 @@ class ControllerSettings(ProcessSettings):
         default=300.0, gt=0, description="limit to a worker's first token"
     )
     event_timeout_s: float = Field(
-        default=60.0, gt=0, description="limit between two tokens of a stream"
+        default=30.0, gt=0, description="limit between two tokens of a stream"
     )
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="time running requests get to finish on SIGTERM"
