@@ -31,7 +31,9 @@ class Liveness:
         self._registry = registry
         self._ttl_s = ttl_s
         self._heartbeat_s = heartbeat_s
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(connect=2, read=5, write=5, pool=5))
+        # Workers are this cluster's own: the environment's proxies are for the world outside.
+        limits = httpx.Timeout(connect=2, read=5, write=5, pool=5)
+        self._client = httpx.AsyncClient(timeout=limits, trust_env=False)
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._probes: set[asyncio.Task[bool]] = set()
 

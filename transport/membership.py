@@ -60,7 +60,9 @@ class Membership:
         """Register and renew until cancelled."""
         complaint = ""
         limits = httpx.Timeout(connect=2, read=10, write=5, pool=5)
-        async with httpx.AsyncClient(base_url=self._controller, timeout=limits) as client:
+        # The controller is this cluster's own: no proxy of the environment is asked.
+        client = httpx.AsyncClient(base_url=self._controller, timeout=limits, trust_env=False)
+        async with client:
             while True:
                 try:
                     lease = await self._register(client)

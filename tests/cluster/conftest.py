@@ -231,7 +231,9 @@ class Cluster:
     def client(self, running: Running, timeout_s: float = 20) -> httpx.AsyncClient:
         key = (running.address, timeout_s)
         if key not in self._clients:  # each reads its certificates, which takes a while
-            self._clients[key] = httpx.AsyncClient(base_url=running.address, timeout=timeout_s)
+            self._clients[key] = httpx.AsyncClient(
+                base_url=running.address, timeout=timeout_s, trust_env=False
+            )
         return self._clients[key]
 
     async def _healthy(self, running: Running) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from itertools import pairwise
 
+import pytest
+
 from protocol.messages import PROTOCOL_VERSION
 from tests.cluster.conftest import PATH, Cluster, Running, ask, good_stream, text, until
 
@@ -102,6 +104,18 @@ async def test_a_worker_outlives_its_controller(cluster: Cluster) -> None:
     worker = await cluster.worker(controller)
     await controller.vanish()
     assert text(await ask(cluster.client(worker), prompt="hello")) == "hello"
+
+
+async def test_the_environments_proxies_are_not_asked(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    controller = await cluster.controller()
+    await cluster.worker(controller)
+    assert text(await ask(cluster.client(controller), prompt="hello")) == "hello"
 
 
 async def test_a_worker_at_two_controllers(cluster: Cluster) -> None:
