@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from transport.process import free_port as any_free_port
+
 START_TIME_TOLERANCE_S = 2.0
 """psutil derives start times from the boot time, which moves when the clock is set."""
 
@@ -38,8 +40,7 @@ def free_port(host: str, *, besides: Collection[int | None] = ()) -> int:
         OSError: ``host`` is no address of this machine.
     """
     while True:
-        with _bound(host, 0) as sock:
-            port = int(sock.getsockname()[1])
+        port = any_free_port(host)
         if port not in besides:
             return port
 
@@ -50,7 +51,11 @@ def check_port(host: str, port: int) -> None:
     Raises:
         OSError: it cannot.
     """
-    _bound(host, port).close()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        # As the servers do: connections of an earlier process that linger must not count.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
 
 
 def start_time(pid: int) -> float | None:
@@ -66,16 +71,3 @@ def is_same_process(pid: int, started_at: float) -> bool:
     """Whether ``pid`` is still the process that started then, and no stranger with its number."""
     now = start_time(pid)
     return now is not None and abs(now - started_at) <= START_TIME_TOLERANCE_S
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # As the servers do: connections of an earlier process that linger must not count.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock

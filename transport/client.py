@@ -50,6 +50,7 @@ class Upstream(asyncio.Protocol):
         self._paused = False
         self._complete = False
         self._keep_alive = False
+        self._given_back = False
         self._lost: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._wait_until = 0.0  # loop time at which the current wait is too long
@@ -99,15 +100,23 @@ class Upstream(asyncio.Protocol):
         return body[:limit_bytes]
 
     def close(self) -> None:
-        """Give the connection back if its response is complete, else abort it; repeatable."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._transport is None or self._transport.is_closing():
+        """Give the connection back if its response is complete, else abort it.
+
+        Once given back it is not the caller's any more: a second call does nothing then.
+        """
+        if self._given_back:
             return
-        if self._complete and self._keep_alive and not self._paused:
+        if self._complete and self._keep_alive and not self._paused and self.usable:
+            self._stop_timer()
+            self._given_back = True
             self._pool._put(self, self._origin)
         else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Cut the connection, whatever its state."""
+        self._stop_timer()
+        if self._transport is not None:
             self._transport.abort()
 
     @property
@@ -129,9 +138,13 @@ class Upstream(asyncio.Protocol):
             self._set_timer()
         return self._waiter
 
-    def _set_timer(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _set_timer(self) -> None:
+        self._stop_timer()
         self._timer_at = self._wait_until
         self._timer = self._loop.call_at(self._timer_at, self._check_wait)
 
@@ -221,7 +234,7 @@ class HttpPool:
             ValueError: ``base_url`` is not ``http://host:port``.
         """
         request = _request(base_url, path, body, headers)
-        for upstream in self._take(base_url):
+        if (upstream := self._take(base_url)) is not None:
             try:
                 return await self._started(upstream, request, timeout_s)
             except UpstreamLost:
@@ -234,8 +247,7 @@ class HttpPool:
         """Close the idle connections; those in use are their readers' to close."""
         for upstreams in self._idle.values():
             for upstream in list(upstreams):
-                upstream._complete = False  # so that it is aborted rather than put back
-                upstream.close()
+                upstream.abort()
         self._idle.clear()
 
     async def _started(
@@ -248,14 +260,14 @@ class HttpPool:
             raise
         return upstream
 
-    def _take(self, origin: str) -> list[Upstream]:
-        """One idle connection to ``origin``, or none."""
+    def _take(self, origin: str) -> Upstream | None:
+        """An idle connection to ``origin``, if there is one."""
         idle = self._idle.get(origin, [])
         while idle:
             upstream = idle.pop()
             if upstream.usable:
-                return [upstream]
-        return []
+                return upstream
+        return None
 
     def _put(self, upstream: Upstream, origin: str) -> None:
         self._idle[origin].append(upstream)

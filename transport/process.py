@@ -115,6 +115,18 @@ def bind(host: str, port: int | None, *, first_free: int = 0) -> socket.socket:
     usage_error(f"No free port from {first_free} to {first_free + 999} on {host}.")
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port of ``host`` that nobody listens on now, for a process that cannot be handed a socket.
+
+    Raises:
+        OSError: ``host`` is no address of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.bind((host, 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
 def address_of(sock: socket.socket) -> str:
     """``http://host:port`` at which ``sock`` is reached from this machine."""
     host, port = sock.getsockname()[:2]

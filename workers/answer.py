@@ -48,3 +48,12 @@ class Answer:
         rest = self._text.flush()
         self.reason = reason
         return rest
+
+
+def eos_ids(*sources: object) -> frozenset[int]:
+    """The tokens that end an answer: all that the configurations and the tokenizer name."""
+    ids: set[int] = set()
+    for source in sources:
+        value = getattr(source, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or ())
+    return frozenset(ids)

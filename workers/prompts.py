@@ -5,7 +5,7 @@ The chat template belongs to the model's own processor (law L4); this only feeds
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,3 +69,32 @@ def _turn(turn: ChatMessage, *, as_parts: bool) -> dict[str, Any]:
         return {"role": turn.role, "content": [part.model_dump() for part in parts]}
     text = "".join(part.text for part in parts if isinstance(part, TextPart))
     return {"role": turn.role, "content": text}
+
+
+def template_of(*owners: Any) -> ApplyTemplate | None:
+    """The chat template of the first of ``owners`` (processor, tokenizer) that has one."""
+    owner = next((owner for owner in owners if getattr(owner, "chat_template", None)), None)
+    if owner is None:
+        return None
+
+    def apply(turns: list[dict[str, Any]]) -> str:
+        text: str = owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return text
+
+    return apply
+
+
+def check_resumable(
+    token_ids: Sequence[int], *, vocab_size: int, image_token_id: int | None
+) -> None:
+    """Raises InvalidRequest: this model cannot have generated ``token_ids``.
+
+    An id outside the vocabulary fails no request, but ends SGLang's server and, on an
+    accelerator, the whole process.
+    """
+    if any(not 0 <= token_id < vocab_size for token_id in token_ids):
+        raise InvalidRequest(
+            f"resume_token_ids holds an id outside the vocabulary of {vocab_size}."
+        )
+    if image_token_id is not None and image_token_id in token_ids:
+        raise InvalidRequest("resume_token_ids holds the id that stands for an image.")

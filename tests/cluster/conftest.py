@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -15,19 +14,13 @@ import pytest
 from controller.__main__ import serve
 from controller.settings import ControllerSettings
 from protocol.events import SSE_MEDIA_TYPE, Delta, Event, Finished, SseDecoder, encode_sse
+from transport.process import free_port
 from workers.echo.engine import EchoEngine
 from workers.echo.settings import EchoSettings
 from workers.runner import _Worker
 
 PATH = "/worker_generate_stream"
 SSE = {"accept": SSE_MEDIA_TYPE}
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 async def until(

@@ -20,7 +20,7 @@ from workers.answer import Answer
 from workers.hf import cancel, failures, sampling
 from workers.hf.model import HfModel
 from workers.images import Picture
-from workers.prompts import render
+from workers.prompts import check_resumable, render
 from workers.text import TextStream
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,11 @@ def _generate(
     images: Sequence[Picture],
     emit: Callable[[Delta], None],
 ) -> Finished:
-    _check_resumable(model, request)
+    check_resumable(
+        request.resume_token_ids,
+        vocab_size=model.vocab_size,
+        image_token_id=model.image_token_id,
+    )
     inputs = encode(model, request, images)
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens >= model.context_length:
@@ -84,18 +88,6 @@ def _generate(
     return Finished(
         reason=answer.reason, prompt_tokens=prompt_tokens, completion_tokens=answer.tokens
     )
-
-
-def _check_resumable(model: HfModel, request: GenerateRequest) -> None:
-    """Raises InvalidRequest: this model cannot have generated ``resume_token_ids``."""
-    resumed = request.resume_token_ids
-    if any(not 0 <= token_id < model.vocab_size for token_id in resumed):
-        # On an accelerator such an id does not fail the request but the whole process.
-        raise InvalidRequest(
-            f"resume_token_ids holds an id outside the vocabulary of {model.vocab_size}."
-        )
-    if model.image_token_id in resumed:
-        raise InvalidRequest("resume_token_ids holds the id that stands for an image.")
 
 
 def encode(model: HfModel, request: GenerateRequest, images: Sequence[Picture]) -> Inputs:

@@ -31,10 +31,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from protocol.errors import EngineFailed
+from workers.answer import eos_ids
 from workers.hf import cancel
 from workers.hf.failures import is_out_of_memory, one_line
 from workers.hf.settings import HfSettings
-from workers.prompts import ApplyTemplate
+from workers.prompts import ApplyTemplate, template_of
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _load(settings: HfSettings, device: torch.device, progress: Callable[[str], 
         )
     network = network.to(device).eval()
     cancel.install(network)
-    eos_ids = _eos_ids(network, tokenizer)
+    ends = eos_ids(network.generation_config, network.config.get_text_config(), tokenizer)
     # A request means what it says: the checkpoint's own sampling defaults stay out of it.
     network.generation_config = GenerationConfig()
     image_token = getattr(processor, "image_token", None)
@@ -139,10 +140,10 @@ def _load(settings: HfSettings, device: torch.device, progress: Callable[[str], 
         network=network,
         tokenizer=tokenizer,
         processor=processor,
-        apply_template=_template(processor, tokenizer),
+        apply_template=template_of(processor, tokenizer),
         image_token=image_token,
         image_token_id=None if image_token is None else _token_id(tokenizer, image_token),
-        eos_ids=eos_ids,
+        eos_ids=ends,
         vocab_size=network.get_input_embeddings().num_embeddings,
         context_length=_context_length(config, tokenizer),
     )
@@ -187,14 +188,6 @@ def _dtype(name: str, device: torch.device) -> Any:
     return torch.bfloat16 if native else torch.float32
 
 
-def _eos_ids(network: Any, tokenizer: Any) -> frozenset[int]:
-    ids: set[int] = set()
-    for source in (network.generation_config, network.config.get_text_config(), tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        ids.update([value] if isinstance(value, int) else value or ())
-    return frozenset(ids)
-
-
 def _token_id(tokenizer: Any, token: str) -> int:
     token_id: int = tokenizer.convert_tokens_to_ids(token)
     return token_id
@@ -206,20 +199,6 @@ def _context_length(config: Any, tokenizer: Any) -> int:
         return int(positions)
     # A tokenizer that knows no length says 10**30.
     return int(min(tokenizer.model_max_length, UNLIMITED_TOKENS))
-
-
-def _template(processor: Any, tokenizer: Any) -> ApplyTemplate | None:
-    for owner in (processor, tokenizer):
-        if getattr(owner, "chat_template", None):
-            break
-    else:
-        return None
-
-    def apply(turns: list[dict[str, Any]]) -> str:
-        text: str = owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text
-
-    return apply
 
 
 def _limit_threads() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from protocol.errors import EngineFailed, InvalidRequest
 from protocol.messages import GenerateRequest
-from workers.prompts import ApplyTemplate, render
+from workers.answer import eos_ids
+from workers.prompts import ApplyTemplate, check_resumable, render, template_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +41,12 @@ class Checkpoint:
         ids: list[int] = encoded["input_ids"]
         if not ids:
             raise InvalidRequest("The prompt is empty.")
-        resumed = request.resume_token_ids
-        if any(not 0 <= token_id < self.vocab_size for token_id in resumed):
-            # Such an id does not fail the request but ends the server.
-            raise InvalidRequest(
-                f"resume_token_ids holds an id outside the vocabulary of {self.vocab_size}."
-            )
-        if self.image_token_id is not None and self.image_token_id in resumed:
-            raise InvalidRequest("resume_token_ids holds the id that stands for an image.")
-        return [*ids, *resumed]
+        check_resumable(
+            request.resume_token_ids,
+            vocab_size=self.vocab_size,
+            image_token_id=self.image_token_id,
+        )
+        return [*ids, *request.resume_token_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(
@@ -90,7 +88,7 @@ def _load(path: str, trust: bool) -> Checkpoint:
     image_token: str | None = getattr(processor, "image_token", None)
     return Checkpoint(
         tokenizer=tokenizer,
-        apply_template=_template(processor, tokenizer),
+        apply_template=template_of(processor, tokenizer),
         image_token=image_token,
         image_token_id=tokenizer.convert_tokens_to_ids(image_token) if image_token else None,
         image_tokens=_image_tokens(config) if image_token else 0,
@@ -98,20 +96,6 @@ def _load(path: str, trust: bool) -> Checkpoint:
         vocab_size=text_config.vocab_size,
         precision=str(config.dtype).removeprefix("torch."),
     )
-
-
-def _template(processor: Any, tokenizer: Any) -> ApplyTemplate | None:
-    owner = next(
-        (owner for owner in (processor, tokenizer) if getattr(owner, "chat_template", None)), None
-    )
-    if owner is None:
-        return None
-
-    def apply(turns: list[dict[str, Any]]) -> str:
-        text: str = owner.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return text
-
-    return apply
 
 
 def _image_tokens(config: Any) -> int:
@@ -125,8 +109,4 @@ def _eos_ids(path: str, text_config: Any, tokenizer: Any) -> frozenset[int]:
     sources = [text_config, tokenizer]
     with suppress(OSError):  # a checkpoint need not have one
         sources.append(GenerationConfig.from_pretrained(path))
-    ids: set[int] = set()
-    for source in sources:
-        value = getattr(source, "eos_token_id", None)
-        ids.update([value] if isinstance(value, int) else value or ())
-    return frozenset(ids)
+    return eos_ids(*sources)

@@ -29,6 +29,7 @@ from protocol.errors import (
 )
 from protocol.events import Delta, Finished
 from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from transport.process import free_port
 from workers.answer import Answer, Reason
 from workers.engine import EngineInfo, Progress
 from workers.images import Picture
@@ -36,7 +37,7 @@ from workers.sglang import command
 from workers.sglang.cache import CacheCount
 from workers.sglang.checkpoint import Checkpoint, load
 from workers.sglang.client import AnswerTooLong, Chunk, SglangClient
-from workers.sglang.process import ServerProcess, TemporaryDirectory, free_port
+from workers.sglang.process import ServerProcess, TemporaryDirectory
 from workers.sglang.settings import SglangSettings
 from workers.text import TextStream
 

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -172,14 +171,6 @@ def explain(lines: Sequence[str]) -> str:
     found = next((line for line in reversed(lines) if _ERROR.match(line)), "")
     found = re.sub(r"^\[[^\]]*\] ", "", found.strip())
     return found[:300].rstrip(". ")
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def _group_exists(group: int) -> bool:
