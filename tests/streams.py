@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from PIL import Image, ImageDraw
 
 from protocol.events import Delta, Event, Failed, Finished, SseDecoder
 
@@ -83,21 +80,3 @@ def refusal(address: str, body: bytes | None = None, **fields: Any) -> tuple[int
 
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
-
-
-def picture(shape: str = "circle", colour: str = "red", size: int = 112) -> Image.Image:
-    """One shape on a plain background."""
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
-    box = (size * 0.25, size * 0.25, size * 0.75, size * 0.75)
-    if shape == "circle":
-        draw.ellipse(box, fill=colour)
-    else:
-        draw.rectangle(box, fill=colour)
-    return image
-
-
-def encoded(image: Image.Image, image_format: str = "PNG") -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format)
-    return base64.b64encode(buffer.getvalue()).decode()

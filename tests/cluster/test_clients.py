@@ -12,7 +12,7 @@ import pytest
 
 from protocol.events import Delta, Failed, Finished
 from tests.cluster.conftest import PATH, Cluster, ask, chunk, text
-from tests.streams import encoded, picture
+from tests.pictures import encoded, picture
 
 LLAVA = {"speed": 1, "queue_length": 0, "worker_id": "", "epoch": 0, "kind": "llava"}
 LLAVA_HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -11,8 +11,9 @@ import pytest
 
 from protocol.messages import WorkerStatus
 from tests.contract.conftest import START_TIMEOUT_S, Workers
+from tests.pictures import encoded, picture
 from tests.processes import running
-from tests.streams import ask, encoded, picture, user
+from tests.streams import ask, user
 
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 60)
 

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 from protocol.events import Delta, Failed, Finished, NulDecoder, is_terminal
 from protocol.messages import WorkerStatus
 from tests.contract.conftest import START_TIMEOUT_S, Worker
+from tests.pictures import encoded, picture
 from tests.processes import ROOT, until
-from tests.streams import PATH, Answer, ask, encoded, picture, refusal, streaming, user
+from tests.streams import PATH, Answer, ask, refusal, streaming, user
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + 60)
 

@@ -19,8 +19,9 @@ import psutil
 import pytest
 
 from protocol.events import Failed, Finished
+from tests.pictures import encoded, picture
 from tests.processes import ROOT, until
-from tests.streams import Answer, ask, encoded, picture, streaming, user
+from tests.streams import Answer, ask, streaming, user
 
 START_TIMEOUT_S = 300  # SGLang imports for half a minute, longer on a busy machine
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from protocol.errors import BadImage
-from tests.streams import encoded, picture
+from tests.pictures import encoded, picture
 from workers.images import decode
 
 LIMIT = 1_000_000

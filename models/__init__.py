@@ -1,0 +1,1 @@
+"""The embedded model, and the package that makes it."""
