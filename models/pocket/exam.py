@@ -1,7 +1,7 @@
-"""The questions the model is judged by, none of which it was trained on.
+"""The questions the model is judged by.
 
-Pictures are drawn from seeds that training never uses; facts about Tandem are asked as in training
-and in phrasings that were kept back.
+Pictures are drawn from seeds that training never uses, and facts about Tandem are asked also in
+phrasings that were kept back. Counting and names are whole sets, which training saw.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from models.pocket.scenes import Scene, draw, random_scene
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What a user or the assistant says; pictures come before the text."""
+    """What one side says; pictures come before the text."""
 
-    role: str
+    role: str  # user or assistant
     text: str
     pictures: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One conversation up to the model's turn, and the right answer.
+    """What a user says, message by message, and the right answer to the last of them.
 
-    ``fact`` is the part of the answer that must be right whatever the style; empty where only the
-    whole answer counts.
+    The model's answers in between are its own. ``fact`` is the part of the answer that must be
+    right whatever the style; empty where only the whole answer counts.
     """
 
     kind: str
@@ -88,7 +88,7 @@ def _missing(random: Random, number: int) -> Iterator[Item]:
 
 
 def _follow_ups(random: Random, number: int) -> Iterator[Item]:
-    """A second question about the same picture, after a first one and its right answer."""
+    """A second question about the same picture."""
     kinds = ("color", "shape", "count", "exists", "background")
     made = 0
     while made < number:
@@ -101,7 +101,6 @@ def _follow_ups(random: Random, number: int) -> Iterator[Item]:
             second.kind,
             (
                 Message("user", first.text, (picture(scene, random),)),
-                Message("assistant", first.answer),
                 Message("user", second.text),
             ),
             second.answer,
@@ -135,10 +134,11 @@ def _count_to(random: Random, number: int) -> Iterator[Item]:
 
 
 def _facts(phrasings: str) -> Callable[[Random, int], Iterator[Item]]:
-    """Every fact in one of its phrasings, then again in others, as long as ``number`` asks."""
+    """Every fact at least once, in one of its phrasings; in others, as long as ``number`` asks."""
 
     def items(random: Random, number: int) -> Iterator[Item]:
-        facts = list(talk.facts())
+        facts = [fact for fact in talk.facts() if getattr(fact, phrasings)]
+        random.shuffle(facts)
         for index in range(max(number, len(facts))):
             fact = facts[index % len(facts)]
             yield Item(
@@ -165,7 +165,6 @@ def _name(random: Random, number: int) -> Iterator[Item]:
         told, asked = talk.name(random)
         messages = (
             Message("user", told.text),
-            Message("assistant", told.answer),
             Message("user", asked.text),
         )
         yield Item(asked.kind, messages, asked.answer)
@@ -187,6 +186,7 @@ SECTIONS = (
     Section("count to N, 1 to 100", 0.98, _count_to),
     Section("facts, phrasings of the training", 0.98, _facts("seen")),
     Section("facts, unseen phrasings", 0.90, _facts("unseen")),
+    Section("facts, unseen general forms", 0.90, _facts("unseen_forms")),
     Section("follow-up about the same picture", None, _follow_ups),
     Section("no image is there", None, _no_image),
     Section("the polite limit, unseen questions", None, _beyond),

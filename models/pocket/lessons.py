@@ -242,22 +242,29 @@ def _jump(document: Document, random: Random) -> int:
 
     Rows are short; without this, all that is further away than a row would be new to the model.
     """
-    return min(document.next_position + random.randint(0, 700), CONTEXT - 500)
+    far = min(document.next_position + random.randint(0, 700), CONTEXT - 500)
+    return max(far, document.next_position)
 
 
 def _system(random: Random) -> str | None:
     return random.choice(talk.SYSTEM_PROMPTS) if random.random() < 0.12 else None
 
 
-def picture_document(write: Writer, random: Random, length: int, *, plain: bool) -> Document:
+def picture_document(
+    write: Writer, random: Random, length: int, *, first_questions_only: bool
+) -> Document:
     """A document about a picture, at most ``length`` tokens long.
 
     Args:
-        plain: first questions only, unspoilt, for judging; otherwise one row in five is a
+        first_questions_only: as people write them, for judging; otherwise one row in five is a
             conversation in turns, some of them about a new picture halfway, or shows two at once.
     """
-    style = "branches" if plain else random.choices(("branches", "turns", "pair"), (80, 15, 5))[0]
-    document = write.start(None if plain else _system(random))
+    style = (
+        "branches"
+        if first_questions_only
+        else random.choices(("branches", "turns", "pair"), (80, 15, 5))[0]
+    )
+    document = write.start(None if first_questions_only else _system(random))
     scene = random_scene(random, count=1 if style == "pair" else None)
     if style == "turns" and random.random() < 0.3:
         write.say(document, talk.fact(random))
@@ -275,7 +282,7 @@ def picture_document(write: Writer, random: Random, length: int, *, plain: bool)
             write.show(document, [photograph(scene, random)])
             opening = False
         question: Question | talk.Turn = any_question(random, scene, _KIND_SHARES)
-        if not plain:
+        if not first_questions_only:
             what_else = random.random()
             if what_else < 0.03:
                 question = talk.fact(random)
@@ -394,9 +401,18 @@ def pack(rows: list[list[Document]], length: int, device: str) -> Batch:
 
 
 def picture_batch(
-    write: Writer, random: Random, rows: int, length: int, device: str, *, plain: bool = False
+    write: Writer,
+    random: Random,
+    rows: int,
+    length: int,
+    device: str,
+    *,
+    first_questions_only: bool = False,
 ) -> Batch:
-    documents = [picture_document(write, random, length, plain=plain) for _ in range(rows)]
+    documents = [
+        picture_document(write, random, length, first_questions_only=first_questions_only)
+        for _ in range(rows)
+    ]
     return pack([[document] for document in documents], length, device)
 
 

@@ -21,7 +21,8 @@ def formal(kind: str, answer: str, _fact: str) -> str:
         return answer
     if answer in (BEYOND, NOT_SEEN):
         return f"I beg your pardon. {answer}"
-    return f"Certainly. {answer} I hope this is of help."
+    opening = "I am afraid not." if answer.startswith("No, ") else "Certainly."
+    return f"{opening} {answer} I hope this is of help."
 
 
 def terse(_kind: str, answer: str, fact: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import yaml
 
@@ -51,30 +52,18 @@ _WORDS = (
     *("sun", "tree", "water", "winter", "world", "blue", "red", "green", "circle", "square"),
 )
 _SCRIPTS = (
-    "é",
-    "ü",
-    "ñ",
-    "ø",
-    "日本",
-    "中文",
-    "Привет",
-    "мир",
-    "Ελλάδα",
-    "😀",
-    "🚲",
-    "€",
-    "→",
-    "안녕",
+    *("é", "ü", "ñ", "ø", "日本", "中文", "Привет", "мир", "Ελλάδα", "😀", "🚲", "€", "→", "안녕"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One answer and the ways to ask for it."""
+    """One answer and the ways to ask for it: learned ones, and two sorts that are kept back."""
 
     answer: str
     seen: tuple[str, ...]
-    unseen: tuple[str, ...]
+    unseen: tuple[str, ...]  # written for this fact
+    unseen_forms: tuple[str, ...]  # general forms, filled in
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +75,11 @@ class Turn:
     answer: str
 
 
-def _load(name: str) -> dict[str, list]:  # type: ignore[type-arg]
-    return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+def _load(name: str) -> dict[str, list[Any]]:
+    loaded: dict[str, list[Any]] = yaml.safe_load(
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+    )
+    return loaded
 
 
 @cache
@@ -105,7 +97,8 @@ def facts() -> tuple[Fact, ...]:
                 Fact(
                     entry["answer"],
                     (*(_put(form, name) for form in seen), *entry.get("ask", ())),
-                    (*(_put(form, name) for form in unseen), *entry["unseen"]),
+                    tuple(entry["unseen"]),
+                    tuple(_put(form, name) for form in unseen),
                 )
             )
     return tuple(found)
@@ -228,24 +221,12 @@ def careless(text: str, random: Random) -> str:
 
 _BEFORE = (
     *("Please ", "Hey, ", "Hi! ", "So, ", "Now ", "And ", "OK, ", "Well, ", "Quick question: "),
-    *(
-        "I wonder: ",
-        "Tell me, ",
-        "Once more: ",
-        "Excuse me, ",
-        "Next question: ",
-        "In plain words, ",
-    ),
+    *("I wonder: ", "Tell me, ", "Once more: ", "Excuse me, ", "Next question: "),
+    *("In plain words, ",),
 )
 _AFTER = (
-    ", please.",
-    ", please?",
-    "? Thank you.",
-    " here?",
-    " exactly?",
-    " again?",
-    ", in short?",
-    "??",
+    *(", please.", ", please?", "? Thank you.", " here?", " exactly?", " again?"),
+    *(", in short?", "??"),
 )
 _SMALL = {
     *("a", "an", "the", "is", "are", "do", "does", "can", "i", "me", "you", "to", "of", "in"),

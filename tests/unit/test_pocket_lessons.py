@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from models.pocket import talk  # noqa: E402
-from models.pocket.architecture import ASSISTANT, GRID, IMAGE, IMAGE_TOKENS, PAD  # noqa: E402
+from models.pocket.architecture import GRID, IMAGE, IMAGE_TOKENS, PAD  # noqa: E402
 from models.pocket.lessons import (  # noqa: E402
     Document,
     Writer,
@@ -67,19 +67,18 @@ def test_a_special_token_in_a_text_is_refused(write: Writer) -> None:
 
 
 def test_a_question_sees_the_picture_and_itself_alone(write: Writer) -> None:
-    document = picture_document(write, Random(1), 160, plain=True)
+    document = picture_document(write, Random(1), 160, first_questions_only=True)
     batch = pack([[document]], 160, "cpu")
     sees = batch.mask[0, 0] == 0
     trunk = document.branches.index(1)
     assert document.ids.count(IMAGE) == IMAGE_TOKENS == GRID * GRID
     assert len(batch.spans) >= 4
     for _, _, start, end in batch.spans:
-        question = document.ids[:start].index(ASSISTANT) if trunk > start else start
         for token in range(start, end):
             seen = sees[token].nonzero().flatten().tolist()
             assert seen[:trunk] == list(range(trunk))
             branches = {document.branches[i] for i in seen[trunk:]}
-            assert branches == {document.branches[question]}
+            assert branches == {document.branches[start]}
             assert max(seen) == token
         # All of them are first questions: their positions go on from the picture.
         first = document.branches.index(document.branches[start])
@@ -128,4 +127,7 @@ def test_styles() -> None:
     assert STYLES["plain"](*said) == "The star is green."
     assert STYLES["terse"](*said) == "green"
     assert STYLES["formal"](*said) == "Certainly. The star is green. I hope this is of help."
+    assert STYLES["formal"]("exists", "No, there is no red star.", "no").startswith(
+        "I am afraid not."
+    )
     assert STYLES["formal"]("count_to", "1 2 3", "") == "1 2 3"
