@@ -160,7 +160,8 @@ def empty_model(seed: int) -> LlavaForConditionalGeneration:
 def whiten(patches: nn.Conv2d, positions: nn.Embedding, pictures: torch.Tensor) -> None:
     """Start the patch embedding from the whitened principal components of real patches.
 
-    Without this the vision tower takes about three times as many pictures to tell shapes apart.
+    In a first try (one run each) the tower told .40 of the shapes after 9,800 pictures with this,
+    and .27 after 11,900 without.
 
     Args:
         pictures: normalized, of shape (pictures, 3, SIDE, SIDE).
@@ -175,7 +176,7 @@ def whiten(patches: nn.Conv2d, positions: nn.Embedding, pictures: torch.Tensor) 
     mixed = (torch.linalg.qr(torch.randn(width, width).double())[0] @ whitening).float()
     with torch.no_grad():
         patches.weight.copy_(mixed.reshape(width, 3, PATCH, PATCH))
-        positions.weight.normal_(0, 0.3).sub_(mixed @ mean.float())
+        positions.weight.normal_(0, 0.3).sub_((mixed @ mean.float()).to(positions.weight.device))
 
 
 def save(model: LlavaForConditionalGeneration, words: PreTrainedTokenizerFast, to: Path) -> None:
