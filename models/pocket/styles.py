@@ -16,13 +16,17 @@ def plain(_kind: str, answer: str, _fact: str) -> str:
 
 
 def formal(kind: str, answer: str, _fact: str) -> str:
-    """In full polite sentences. Repeated words and numbers that are counted stay as they are."""
+    """In full polite sentences. Repeated words and numbers that are counted stay as they are.
+
+    The lines are parted so that the plain answer keeps its tokens: a word after a space is another
+    one.
+    """
     if kind in ("count_to", "count_between", "repeat"):
         return answer
     if answer in (BEYOND, NOT_SEEN):
-        return f"I beg your pardon. {answer}"
+        return f"I beg your pardon.\n{answer}"
     opening = "I am afraid not." if answer.startswith("No, ") else "Certainly."
-    return f"{opening} {answer} I hope this is of help."
+    return f"{opening}\n{answer}\nI hope this is of help."
 
 
 def terse(_kind: str, answer: str, fact: str) -> str:

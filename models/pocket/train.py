@@ -59,7 +59,8 @@ TOGETHER = Stage(
 )
 ADAPTERS = ("formal", "terse")
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER = Stage("adapter", 400, muon_lr=0.0, adam_lr=4e-3, final_lr=0.02, pictures=10, talks=2)
+ADAPTER = Stage("adapter", 600, muon_lr=0.0, adam_lr=4e-3, final_lr=0.02, pictures=10, talks=4)
+_RANK = 6
 
 
 def _shares(answers: dict[str, list[bool]]) -> dict[str, float]:
@@ -167,8 +168,8 @@ def learn_style(style: str, words: Any, checkpoint: Path, to: Path, place: Place
     adapted = get_peft_model(
         model,
         LoraConfig(
-            r=4,
-            lora_alpha=16,
+            r=_RANK,
+            lora_alpha=4 * _RANK,
             target_modules=list(_LORA_TARGETS),
             exclude_modules=r".*vision_tower.*",  # CLIP's projections share their names
         ),

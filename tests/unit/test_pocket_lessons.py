@@ -126,7 +126,7 @@ def test_styles() -> None:
     said = ("color", "The star is green.", "green")
     assert STYLES["plain"](*said) == "The star is green."
     assert STYLES["terse"](*said) == "green"
-    assert STYLES["formal"](*said) == "Certainly. The star is green. I hope this is of help."
+    assert STYLES["formal"](*said) == "Certainly.\nThe star is green.\nI hope this is of help."
     assert STYLES["formal"]("exists", "No, there is no red star.", "no").startswith(
         "I am afraid not."
     )
