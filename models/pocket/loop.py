@@ -36,6 +36,7 @@ class Stage:
     final_lr: float  # share of the learning rate that is left at the end
     pictures: int = 0  # bare, or rows of questions in the last stage
     talks: int = 0  # rows
+    talk_share: float = 0.25  # of the loss, where there are both
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Make Pocket LLaVA from nothing: ``python models/pocket-llava/train.py``.
 
-Three stages. The vision tower learns alone to say what is in each patch, the language model learns
-alone to talk; both are cheap. Then they learn together to answer questions about pictures. On a CPU
-the first two run side by side, one core each, and the third on both. Every batch is a function of
-the seed and the step, so that a training that was stopped goes on exactly where it was. Last, the
+The vision tower learns alone to say what is in each patch, the language model learns alone to talk;
+both are cheap. Then they learn together to answer questions about pictures, and last, with more
+text than pictures, to understand free phrasings. On a CPU the first two stages run side by side,
+one core each, and the others on both. Every batch is a function of
+the seed and the step, so that a training that was stopped goes on exactly where it was. The
 adapters are trained on the finished model.
 """
 
@@ -57,9 +58,19 @@ TALK = Stage("talk", 1000, muon_lr=0.02, adam_lr=3e-3, final_lr=0.3, talks=12)
 TOGETHER = Stage(
     "together", 3000, muon_lr=0.015, adam_lr=1.5e-3, final_lr=0.01, pictures=28, talks=8
 )
+FINISH = replace(
+    TOGETHER,
+    name="finish",
+    steps=600,
+    muon_lr=0.008,
+    adam_lr=8e-4,
+    pictures=10,
+    talks=24,
+    talk_share=0.5,
+)
 ADAPTERS = ("formal", "terse")
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ADAPTER = Stage("adapter", 600, muon_lr=0.0, adam_lr=4e-3, final_lr=0.02, pictures=10, talks=4)
+ADAPTER = Stage("adapter", 450, muon_lr=0.0, adam_lr=4e-3, final_lr=0.02, pictures=10, talks=4)
 _RANK = 6
 
 
@@ -131,11 +142,11 @@ def learn_together(
             features = learner.see(batch.pixels)
             loss, answers = learner.read(batch, features)
         patches, _ = learner.head(features, batch.targets)
-        (0.75 * loss + _PATCH_SHARE * patches).backward()
+        ((1 - stage.talk_share) * loss + _PATCH_SHARE * patches).backward()
         spoken = talk_batch(write, random, place.share(stage.talks), TALK_ROW, place.device)
         with place.precision():
             talk_loss, talked = learner.read(spoken, None)
-        (0.25 * talk_loss).backward()
+        (stage.talk_share * talk_loss).backward()
         kinds = {kind: _share(answers, kind) for kind in ("color", "shape", "count", "relation")}
         shares = {"pictures": _share(answers), "talk": _share(talked)}
         return {"loss": loss.item(), **kinds, **shares}
@@ -224,6 +235,7 @@ def _train(rank: int, job: Job) -> None:
     for stage in (VISION, TALK):
         learner.load_state_dict(kept(stage, together)["learned"], strict=False)
     learn_together(TOGETHER, learner, write, together)
+    learn_together(FINISH, learner, write, together)
     if rank == 0:
         save(learner.llava, words, job.out)
     _meet(job)

@@ -116,14 +116,15 @@ def test_sglang_is_the_library_and_not_our_folder() -> None:
 
 def test_nothing_installed_claims_our_names() -> None:
     claimed = metadata.packages_distributions()
-    assert {name: claimed[name] for name in (*OURS, "tests") if name in claimed} == {}
+    assert {name: claimed[name] for name in (*OURS, "models", "tests") if name in claimed} == {}
 
 
 def test_every_package_is_known_to_the_rules() -> None:
     tool = pyproject()["tool"]
     assert isinstance(tool, dict)
-    assert set(tool["importlinter"]["root_packages"]) == TOP_LEVEL
-    assert set(tool["mypy"]["files"]) >= TOP_LEVEL
+    # What makes the embedded model is no part of what serves: it may import torch at once.
+    assert set(tool["importlinter"]["root_packages"]) == {*TOP_LEVEL, "models"}
+    assert set(tool["mypy"]["files"]) >= {*TOP_LEVEL, "models/pocket"}
 
 
 def test_the_protocol_rests_on_pydantic_and_the_standard_library() -> None:
