@@ -8,9 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -23,7 +21,13 @@ from controller.metrics import Metrics
 from controller.policy import Policy, Random
 from controller.registry import Registry, Replica
 from controller.settings import ControllerSettings
-from protocol.errors import InvalidRequest, ModelNotFound, NoReplicaAvailable, TandemError
+from protocol.errors import (
+    AdapterNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    NoReplicaAvailable,
+    TandemError,
+)
 from protocol.events import NUL_MEDIA_TYPE, SSE_MEDIA_TYPE, NulEncoder, SseDecoder
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -33,7 +37,7 @@ from protocol.messages import (
     Registration,
     WorkerStatus,
 )
-from transport import asgi
+from transport import asgi, refusals
 
 
 class ModelName(BaseModel):
@@ -61,8 +65,7 @@ class Controller:
 def create_app(controller: Controller) -> ASGIApp:
     """All routes over ``controller``."""
     app = FastAPI(title="Tandem controller", docs_url=None, redoc_url=None)  # they load from a CDN
-    app.add_exception_handler(TandemError, _refuse)
-    app.add_exception_handler(RequestValidationError, _refuse_invalid)
+    refusals.install(app)
     _membership_routes(app, controller)
     _model_routes(app, controller)
     _operator_routes(app, controller)
@@ -73,18 +76,6 @@ def create_app(controller: Controller) -> ASGIApp:
             "/v1/chat/completions": _ChatCompletions(controller),
         },
     )
-
-
-async def _refuse(_: Request, exc: Exception) -> Response:
-    """The one exception handler: a typed error is its status and its JSON."""
-    assert isinstance(exc, TandemError)
-    headers = {name.decode(): value.decode() for name, value in asgi.retry_after(exc)}
-    return JSONResponse(exc.body(), status_code=exc.status, headers=headers)
-
-
-async def _refuse_invalid(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RequestValidationError)
-    return await _refuse(request, asgi.invalid_request(list(exc.errors())))
 
 
 # ---------------------------------------------------------------- workers
@@ -134,7 +125,7 @@ def _model_routes(app: FastAPI, controller: Controller) -> None:
         demand = Demand(body.model, None, None, frozenset(), 0.0, 0)
         try:
             replicas = eligible(controller.registry, demand)
-        except (ModelNotFound, NoReplicaAvailable):
+        except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
         return {"address": controller.policy(replicas, controller.random).address}
 

@@ -22,7 +22,7 @@ from protocol.errors import (
     TandemError,
     Unsupported,
 )
-from protocol.messages import GenerateRequest, WorkerState
+from protocol.messages import GenerateRequest, WorkerState, one_adapter, split_model
 
 _SERVICE_WEIGHT = 0.1  # of the newest request in the mean service time
 
@@ -100,7 +100,8 @@ class Dispatcher:
         """Hold a slot of a replica whose address is not ``excluded``.
 
         Raises:
-            ModelNotFound, AdapterNotFound, Unsupported: no replica will ever serve this.
+            ModelNotFound, AdapterNotFound, InvalidRequest, Unsupported: no replica will ever
+                serve this.
             NoReplicaAvailable: none that could is ready.
             Overloaded: the waiting room is full, or the wait was too long.
             Draining: this controller is stopping.
@@ -227,17 +228,17 @@ def eligible(registry: Registry, demand: Demand) -> Sequence[Replica]:
     """The ready replicas that can serve ``demand``, at least one.
 
     Raises:
-        ModelNotFound, AdapterNotFound, Unsupported, NoReplicaAvailable: as ``lease`` says.
+        ModelNotFound, AdapterNotFound, InvalidRequest, Unsupported, NoReplicaAvailable: as
+            ``lease`` says.
     """
-    replicas = registry.serving(demand.model)
+    model, adapter = _asked_for(registry, demand)
+    replicas = registry.serving(model)
     if not replicas:
-        raise _absent(registry, demand.model)
+        raise _absent(registry, model)
     if demand.kind is not None:
         replicas = _of_kind(replicas, demand.kind)
-    if demand.adapter is not None:
-        replicas = [r for r in replicas if demand.adapter in r.status.adapters]
-        if not replicas:
-            raise AdapterNotFound(f"No worker has the adapter {demand.adapter!r} loaded.")
+    if adapter is not None:
+        replicas = _adapted(replicas, model, adapter)
     ready = [replica for replica in replicas if replica.ready]
     if not ready:
         raise _not_ready(replicas, demand.model)
@@ -250,6 +251,25 @@ def eligible(registry: Registry, demand: Demand) -> Sequence[Replica]:
             f"there is only {kinds}."
         )
     return capable
+
+
+def _asked_for(registry: Registry, demand: Demand) -> tuple[str, str | None]:
+    """The model and the adapter of ``demand``, in either spelling.
+
+    A colon in a name that is a model's own is no adapter's.
+    """
+    base, named = split_model(demand.model)
+    if named is None or registry.knows(demand.model) or not registry.knows(base):
+        return demand.model, demand.adapter
+    return base, one_adapter(named, demand.adapter)
+
+
+def _adapted(replicas: list[Replica], model: str, adapter: str) -> list[Replica]:
+    """Those of ``replicas`` that have ``adapter``; all, while none of them is ready to tell."""
+    chosen = [r for r in replicas if f"{model}:{adapter}" in r.status.model_names]
+    if not chosen and any(replica.ready for replica in replicas):
+        raise AdapterNotFound(f"No worker has the adapter {adapter!r} loaded for {model!r}.")
+    return chosen or replicas
 
 
 def _absent(registry: Registry, model: str) -> TandemError:

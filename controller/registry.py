@@ -68,6 +68,7 @@ class Registry:
         self._on_event = on_event
         self._replicas: dict[str, Replica] = {}
         self._known_models: dict[str, None] = {}  # ever served here, in order of appearance
+        self._known_bases: set[str] = set()  # those of them that are no adapter's
         self.events: deque[MembershipEvent] = deque(maxlen=200)
 
     def __iter__(self) -> Iterator[Replica]:
@@ -92,8 +93,11 @@ class Registry:
         return [name for name in self._known_models if name in ready]
 
     def knows(self, model: str) -> bool:
-        """Whether ``model`` has ever been served here: its absence is then temporary."""
-        return model in self._known_models
+        """Whether ``model`` has ever been served here: its absence is then temporary.
+
+        A base with an adapter is none: adapters are unloaded for good.
+        """
+        return model in self._known_bases
 
     def register(
         self, address: str, status: WorkerStatus, *, check_heart_beat: bool = True
@@ -151,6 +155,7 @@ class Registry:
 
     def _learn(self, status: WorkerStatus) -> None:
         self._known_models.update(dict.fromkeys(status.model_names))
+        self._known_bases.update(status.bases)
 
     def _note(self, what: str, replica: Replica, reason: str = "") -> None:
         event = MembershipEvent(self._clock(), what, replica.worker_id, replica.address, reason)

@@ -12,6 +12,9 @@ whole answer so far. LLaVA has no terminal message, so ours is a frame whose ``f
 set (FastChat's convention) or whose ``error_code`` is not 0 ::
 
     {"text": "<prompt>The circle", "error_code": 0, "finish_reason": null}\0
+
+A request with ``logprobs`` gets, in both framings, one ``TokenLogprob`` for each token id of a
+delta; without it a delta has no such field.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from protocol.errors import TandemError, UpstreamLost, from_wire
 from protocol.messages import Message
@@ -28,16 +31,47 @@ SSE_MEDIA_TYPE = "text/event-stream"
 NUL_MEDIA_TYPE = "application/octet-stream"
 
 
+LOWEST_LOGPROB = -9999.0
+"""OpenAI's word for "very unlikely"; JSON has no minus infinity."""
+
+# In this order NaN, which is larger than nothing, becomes the lowest too.
+Logprob = Annotated[float, AfterValidator(lambda value: max(LOWEST_LOGPROB, value))]
+
+
+class TopLogprob(Message):
+    """One of the likeliest tokens at a place."""
+
+    token_id: int
+    token: str
+    logprob: Logprob
+
+
+class TokenLogprob(Message):
+    """How likely the model found the token it was given.
+
+    ``token`` is the token's own text, U+FFFD where it is no whole character. ``logprob`` is the
+    natural logarithm of its probability in the model's own distribution: before temperature,
+    penalties and grammar. ``top`` are the likeliest tokens there, best first, as many as
+    ``logprobs`` asked for; the chosen one need not be among them.
+    """
+
+    token_id: int
+    token: str
+    logprob: Logprob
+    top: tuple[TopLogprob, ...] = ()
+
+
 class Delta(Message):
     """New text (never half a character) and the new token ids it came from.
 
-    ``text`` may be empty while a character or a possible stop string is incomplete.
+    ``text`` may be empty while a character or a possible stop string is incomplete. ``logprobs``
+    has one element for each of ``token_ids``, or is ``None``.
     """
 
     type: Literal["delta"] = "delta"
     text: str
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[dict[str, Any], ...] | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class Finished(Message):
@@ -72,6 +106,7 @@ class Failed(Message):
 Event = Delta | Finished | Failed
 Terminal = Finished | Failed
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+_LOGPROBS: TypeAdapter[tuple[TokenLogprob, ...]] = TypeAdapter(tuple[TokenLogprob, ...])
 
 
 def is_terminal(event: Event) -> bool:
@@ -164,7 +199,7 @@ class NulEncoder:
             self._text += event.text
             frame |= {"text": self._text, "token_ids": event.token_ids}
             if event.logprobs is not None:
-                frame["logprobs"] = event.logprobs
+                frame["logprobs"] = _LOGPROBS.dump_python(event.logprobs)
         elif isinstance(event, Finished):
             frame["finish_reason"] = event.reason
             frame["usage"] = {
@@ -217,6 +252,9 @@ class NulDecoder:
             finish_reason = fields.get("finish_reason")
             token_ids = tuple(fields.get("token_ids") or ())
             usage = fields.get("usage") or {}
+            logprobs = fields.get("logprobs")
+            # FastChat's are an object of lists in step; nothing here reads those.
+            listed = _LOGPROBS.validate_python(logprobs) if isinstance(logprobs, list) else None
         except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError, ValueError) as exc:
             raise UpstreamLost("the worker sent a frame that is not LLaVA's JSON") from exc
         self._names_its_end |= "finish_reason" in fields
@@ -238,7 +276,7 @@ class NulDecoder:
         if not text.startswith(self._seen):
             raise UpstreamLost("the worker took back text it had already sent")
         if len(text) > len(self._seen) or token_ids:
-            delta = Delta(text=text[len(self._seen) :], token_ids=token_ids)
+            delta = Delta(text=text[len(self._seen) :], token_ids=token_ids, logprobs=listed)
             self._seen = text
             events.append(delta)
         if finish_reason:

@@ -12,10 +12,36 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from protocol.errors import InvalidRequest
+
 PROTOCOL_VERSION = 1
 
 IMAGE_PLACEHOLDER = "<image>"
 """Where an image stands in a prompt or in the text of a message (LLaVA's convention)."""
+
+
+ADAPTER_NAME = r"^[A-Za-z0-9._-]{1,64}$"
+BASE = "base"
+"""What no adapter may be called: the model without one."""
+
+
+def split_model(name: str) -> tuple[str, str | None]:
+    """``base:adapter`` as its two parts; a model's own name may contain colons as well."""
+    base, colon, adapter = name.rpartition(":")
+    return (base, adapter) if colon else (name, None)
+
+
+def one_adapter(named: str, field: str | None) -> str:
+    """The adapter of a request whose model name ends in ``:named``.
+
+    Raises:
+        InvalidRequest: its ``adapter`` field asks for another one.
+    """
+    if field not in (None, named):
+        raise InvalidRequest(
+            f"The model name asks for the adapter {named!r}, the field adapter for {field!r}."
+        )
+    return named
 
 
 class Message(BaseModel):
@@ -114,8 +140,9 @@ class GenerateRequest(SamplingParams):
     """One generation, flat as LLaVA's: either ``prompt`` (ready text) or ``messages``.
 
     ``images`` are base64 or ``data:`` URIs, in the order of their placeholders. ``kind`` asks for
-    replicas of one worker kind; ``resume_token_ids`` are tokens already generated elsewhere: the
-    worker goes on after them as if it had made them itself (law L8).
+    replicas of one worker kind; ``adapter`` may also be a part of ``model``, as ``base:adapter``.
+    ``resume_token_ids`` are tokens already generated elsewhere: the worker goes on after them as
+    if it had made them itself (law L8).
     """
 
     model: str = Field(min_length=1, max_length=512)
@@ -237,12 +264,42 @@ class WorkerStatus(Message):
     image_tokens: int = Field(default=576, ge=0, description="tokens per image, for estimates")
     capabilities: Capabilities = Capabilities(images=True)
     precision: str | None = None
+    weight_bytes: int | None = Field(default=None, description="that the weights take")
+    unquantized_bytes: int | None = Field(
+        default=None, description="that they would take had the worker not quantized them"
+    )
     device: str | None = None
     adapters: tuple[str, ...] = ()
     cache: CacheStatus | None = None
     versions: dict[str, str] = {}
     progress: str | None = Field(default=None, description="while starting: what it does")
     protocol_version: int = 0
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """``model_names`` without those that are another's with an adapter."""
+        return tuple(name for name in self.model_names if not self._adapted(name))
+
+    def _adapted(self, name: str) -> bool:
+        base, adapter = split_model(name)
+        return adapter in self.adapters and base in self.model_names
+
+
+# ---------------------------------------------------------------- adapters
+
+
+class AdapterSource(Message):
+    """``POST /adapters`` of a worker: where a LoRA adapter is, and what requests call it."""
+
+    name: str = Field(pattern=ADAPTER_NAME)
+    path: str = Field(min_length=1, max_length=4096, description="directory or hub id")
+
+    @field_validator("name")
+    @classmethod
+    def _not_the_base(cls, value: str) -> str:
+        if value == BASE:
+            raise ValueError(f"{BASE} is the model without an adapter")
+        return value
 
 
 # ---------------------------------------------------------------- membership

@@ -28,8 +28,9 @@ class EngineInfo:
     capabilities: Capabilities
     precision: str  # of the weights: "float32", "bfloat16", "nf4", ...
     device: str  # "cpu", "cuda:0", ...
+    weight_bytes: int | None = None  # that the weights take
+    unquantized_bytes: int | None = None  # that they would take had they not been quantized here
     image_tokens: int = 0  # tokens an image takes, for estimates of work
-    adapters: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -50,7 +51,8 @@ class Engine(Protocol):
         """Yield ``Delta* Finished``; closing the generator aborts the work within 100 ms.
 
         Raises:
-            ContextOverflow, InvalidRequest, Unsupported: the request cannot be served.
+            AdapterNotFound, ContextOverflow, InvalidRequest, Unsupported: the request cannot be
+                served.
             EngineFailed, OutOfMemory: it could not be served.
         """
         ...
@@ -65,6 +67,28 @@ class Engine(Protocol):
 
     def cache(self) -> CacheStatus | None:
         """The prefix cache now; ``None`` when there is none."""
+        ...
+
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters that requests can choose now."""
+        ...
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Let requests choose ``name``, the adapter at ``path``: a directory or a hub id.
+
+        Raises:
+            InvalidRequest, Unsupported: the name is taken, or this engine takes none.
+            EngineFailed: it cannot be loaded; nothing has changed.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Free ``name`` when the answers that use it have ended.
+
+        Raises:
+            AdapterNotFound: it is not loaded.
+            InvalidRequest, Unsupported: this engine does not let it go.
+        """
         ...
 
     async def aclose(self) -> None:

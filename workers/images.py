@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from PIL import Image, ImageOps
 from protocol.errors import BadImage
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+SLENDERNESS = 200
+"""How many times longer than the other a side may be: processors scale by the shorter one, so a
+line of a few bytes would become gigabytes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,16 +47,33 @@ class Picture:
         return buffer.getvalue()
 
 
-def decode(images: Sequence[str], *, max_pixels: int) -> list[Picture]:
+def decode(
+    images: Sequence[str], *, max_pixels: int, cancelled: threading.Event | None = None
+) -> list[Picture]:
     """Decode base64 or ``data:`` URIs; blocking, so call it in a thread.
 
     Raises:
-        BadImage: one of them is not a complete image of a known format, or has too many pixels.
+        BadImage: one of them is not a complete image of a known format, or has too many pixels,
+            or is a mere line; or ``cancelled`` was set meanwhile.
     """
-    return [_decode(image, number, max_pixels) for number, image in enumerate(images, start=1)]
+    event = cancelled or threading.Event()
+    return [_decode(image, number, max_pixels, event) for number, image in enumerate(images, 1)]
 
 
-def _decode(image: str, number: int, max_pixels: int) -> Picture:
+class _File(io.BytesIO):
+    """Pillow decodes between reads, so these are where a decoding can end early."""
+
+    def __init__(self, data: bytes, cancelled: threading.Event) -> None:
+        super().__init__(data)
+        self._cancelled = cancelled
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self._cancelled.is_set():
+            raise OSError("nobody waits for this picture any more")
+        return super().read(size)
+
+
+def _decode(image: str, number: int, max_pixels: int, cancelled: threading.Event) -> Picture:
     if image.startswith("data:"):
         header, comma, image = image.partition(",")
         if not comma or not header.endswith(";base64"):
@@ -65,12 +87,18 @@ def _decode(image: str, number: int, max_pixels: int) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(data), formats=FORMATS)
+            opened = Image.open(_File(data, cancelled), formats=FORMATS)
         width, height = opened.size
         if width * height > max_pixels:
             raise BadImage(
                 f"Image {number} has {width} x {height} pixels; this worker takes {max_pixels}.",
                 remedy="Scale it down before sending it.",
+            )
+        if max(width, height) > SLENDERNESS * min(width, height):
+            raise BadImage(
+                f"Image {number} has {width} x {height} pixels; one side may be {SLENDERNESS} "
+                "times the other at most.",
+                remedy="Cut it into parts, or add a border.",
             )
         pixels = ImageOps.exif_transpose(opened).convert("RGB")
     except BadImage:

@@ -21,14 +21,15 @@ from protocol.events import (
     is_terminal,
 )
 from protocol.logs import request_id_var
-from protocol.messages import GenerateRequest, WorkerState, WorkerStatus
-from transport import asgi
+from protocol.messages import AdapterSource, GenerateRequest, WorkerState, WorkerStatus
+from transport import asgi, refusals
 from workers.shell import Shell
 
 
 def create_app(shell: Shell) -> ASGIApp:
     """All routes over ``shell``."""
     app = FastAPI(title="Tandem worker", openapi_url=None)
+    refusals.install(app)
 
     @app.post("/worker_get_status")
     async def get_status() -> WorkerStatus:
@@ -54,6 +55,20 @@ def create_app(shell: Shell) -> ASGIApp:
     @app.post("/resume")
     async def resume() -> WorkerStatus:
         shell.resume()
+        return shell.status()
+
+    @app.get("/adapters")
+    async def adapters() -> dict[str, tuple[str, ...]]:
+        return {"adapters": shell.adapters()}
+
+    @app.post("/adapters")
+    async def load_adapter(source: AdapterSource) -> WorkerStatus:
+        await shell.load_adapter(source)
+        return shell.status()
+
+    @app.delete("/adapters/{name}")
+    async def unload_adapter(name: str) -> WorkerStatus:
+        await shell.unload_adapter(name)
         return shell.status()
 
     return asgi.beside(app, {"/worker_generate_stream": _GenerateStream(shell)})

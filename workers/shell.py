@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 
 from anyio import CapacityLimiter, WouldBlock, move_on_after, to_thread
 
 from protocol.errors import (
+    AdapterNotFound,
     Draining,
     EngineFailed,
     ModelNotFound,
@@ -30,10 +32,13 @@ from protocol.events import (
 from protocol.messages import (
     IMAGE_PLACEHOLDER,
     PROTOCOL_VERSION,
+    AdapterSource,
     Capabilities,
     GenerateRequest,
     WorkerState,
     WorkerStatus,
+    one_adapter,
+    split_model,
 )
 from workers import images
 from workers.engine import Engine, EngineInfo
@@ -44,7 +49,6 @@ from workers.speed import SpeedMeter
 log = logging.getLogger(__name__)
 
 _OUTSIDE_CAPABILITIES = {
-    "adapters": "adapter",
     "chat": "messages",
     "grammar": "json_schema or regex",
     "images": "images",
@@ -123,8 +127,9 @@ class Shell:
     def status(self) -> WorkerStatus:
         slots = self._slots.statistics()
         info = self._info
+        name, adapters = self._settings.name, self._engine.adapters() if info else ()
         return WorkerStatus(
-            model_names=(self._settings.name,),
+            model_names=(name, *(f"{name}:{adapter}" for adapter in adapters)),
             speed=round(self._speed.tokens_per_s, 2),
             queue_length=slots.borrowed_tokens + slots.tasks_waiting,
             worker_id=self.worker_id,
@@ -138,13 +143,48 @@ class Shell:
             image_tokens=info.image_tokens if info else 0,
             capabilities=info.capabilities if info else Capabilities(chat=True),
             precision=info.precision if info else None,
+            weight_bytes=info.weight_bytes if info else None,
+            unquantized_bytes=info.unquantized_bytes if info else None,
             device=info.device if info else None,
-            adapters=info.adapters if info else (),
+            adapters=adapters,
             cache=self._engine.cache() if info else None,
             versions=info.versions if info else {},
             progress=self.progress if self.state is WorkerState.STARTING else None,
             protocol_version=PROTOCOL_VERSION,
         )
+
+    # ---- adapters
+
+    def adapters(self) -> tuple[str, ...]:
+        """Those that requests can choose now."""
+        return self._engine.adapters()
+
+    async def load_adapter(self, source: AdapterSource) -> None:
+        """Load an adapter and tell the controllers.
+
+        Raises:
+            InvalidRequest, Unsupported: the engine does not take it.
+            EngineFailed, NoReplicaAvailable: it cannot be loaded, or not yet.
+        """
+        self._check_running()
+        with _typed():
+            await self._engine.load_adapter(source.name, source.path)
+        self._on_change()
+        log.info("adapter %s loaded", source.name, extra={"worker_id": self.worker_id})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload an adapter and tell the controllers.
+
+        Raises:
+            AdapterNotFound: it is not loaded.
+            InvalidRequest, Unsupported: the engine does not let it go.
+            EngineFailed, NoReplicaAvailable: the engine is not running.
+        """
+        self._check_running()
+        with _typed():
+            await self._engine.unload_adapter(name)
+        self._on_change()
+        log.info("adapter %s unloaded", name, extra={"worker_id": self.worker_id})
 
     # ---- one request
 
@@ -172,6 +212,7 @@ class Shell:
         Raises:
             TandemError: before the first event only; after it the error is a ``Failed`` event.
         """
+        request = self._addressed(request)
         self._check(request)
         started = False
         outcome = "cancelled"
@@ -206,32 +247,45 @@ class Shell:
                 },
             )
 
-    def _check(self, request: GenerateRequest) -> None:
-        """Whether this worker takes this request now; the controller may be out of date."""
+    def _addressed(self, request: GenerateRequest) -> GenerateRequest:
+        """``request`` with an adapter in its model name moved to the field for it."""
+        base, named = split_model(request.model)
+        if named is None or base != self._settings.name:
+            return request
+        adapter = one_adapter(named, request.adapter)
+        return request.model_copy(update={"model": base, "adapter": adapter})
+
+    def _check_running(self) -> EngineInfo:
         if self._failure is not None:
             raise EngineFailed(self._failure.message, remedy=self._failure.remedy)
-        if self.state is WorkerState.DRAINING:
-            raise Draining("This worker finishes what runs and accepts nothing new.")
         if self.state is WorkerState.STARTING or self._info is None:
             raise NoReplicaAvailable(
                 f"This worker is not ready yet: {self.progress}.", retry_after_s=5
             )
+        return self._info
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Whether this worker takes this request now; the controller may be out of date."""
+        if self.state is WorkerState.DRAINING and self._failure is None:
+            raise Draining("This worker finishes what runs and accepts nothing new.")
+        info = self._check_running()
         if request.model != self._settings.name:
             raise ModelNotFound(
                 f"This worker serves {self._settings.name!r}, not {request.model!r}."
             )
-        for need in self._info.capabilities.missing(request.needs):
+        if request.adapter is not None and request.adapter not in self._engine.adapters():
+            raise AdapterNotFound(f"This worker has no adapter {request.adapter!r} loaded.")
+        for need in info.capabilities.missing(request.needs):
             raise Unsupported(
-                f"The {self._kind} worker on {self._info.device} does not support "
+                f"The {self._kind} worker on {info.device} does not support "
                 f"{_OUTSIDE_CAPABILITIES.get(need, need)}."
             )
 
     async def _run(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished]:
         """Exactly one terminal event, in a slot that this function takes and gives back (L1)."""
         async with self._slot():
-            decode = partial(images.decode, max_pixels=self._settings.max_image_pixels)
-            pictures = await to_thread.run_sync(decode, request.images) if request.images else []
-            try:
+            pictures = await self._decoded(request.images)
+            with _typed():
                 async with aclosing(self._engine.generate(request, pictures)) as events:
                     async for event in events:
                         if isinstance(event, Delta):
@@ -239,12 +293,18 @@ class Shell:
                         yield event
                         if is_terminal(event):
                             return
-            except TandemError:
-                raise
-            except Exception as exc:
-                log.exception("the engine raised something it should not")
-                raise EngineFailed(f"The engine failed: {type(exc).__name__}.") from exc
             raise EngineFailed("The engine ended without saying that it had finished.")
+
+    async def _decoded(self, encoded: Sequence[str]) -> list[images.Picture]:
+        """The pictures; one who leaves does not wait for them, and their thread soon ends, too."""
+        if not encoded:
+            return []
+        left = threading.Event()
+        decode = partial(images.decode, max_pixels=self._settings.max_image_pixels, cancelled=left)
+        try:
+            return await to_thread.run_sync(decode, encoded, abandon_on_cancel=True)
+        finally:
+            left.set()
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -276,3 +336,15 @@ class Shell:
             raise Overloaded(
                 f"No slot became free within {self._settings.max_wait_s:g} s.", retry_after_s=1
             )
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """What an engine raises, as an error of the protocol."""
+    try:
+        yield
+    except TandemError:
+        raise
+    except Exception as exc:
+        log.exception("the engine raised something it should not")
+        raise EngineFailed(f"The engine failed: {type(exc).__name__}.") from exc

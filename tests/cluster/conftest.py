@@ -170,7 +170,11 @@ class Cluster:
         return running
 
     async def worker(
-        self, *controllers: Running, port: int | None = None, **settings: Any
+        self,
+        *controllers: Running,
+        port: int | None = None,
+        engine: type[EchoEngine] = EchoEngine,
+        **settings: Any,
     ) -> Running:
         port = free_port() if port is None else port
         made = EchoSettings(
@@ -180,7 +184,7 @@ class Cluster:
             **settings,
         )
         stop = Stop()
-        worker = _Worker(made, EchoEngine(made))
+        worker = _Worker(made, engine(made))
         task = asyncio.create_task(worker.run(stop))  # type: ignore[arg-type]
         running = Running(port, task, stop)
         self._running.append(running)

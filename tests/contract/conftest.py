@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Process, running
+from tests.processes import ROOT, Process, running
 
 # float32: on the CPU both engines then compute the same numbers.
+ADAPTERS = ROOT / "models" / "adapters"
 FLAGS = {
     "echo": ("--model-name", "pocket-llava", "--first-delay-s", "0.02", "--delay-s", "0.001"),
-    "hf": ("--dtype", "float32", "--device", "cpu"),
+    "hf": (
+        *("--dtype", "float32", "--device", "cpu"),
+        *("--adapter", f"formal={ADAPTERS / 'formal'}", "--adapter", f"terse={ADAPTERS / 'terse'}"),
+    ),
     "sglang": ("--dtype", "float32", "--device", "cpu"),
 }
 START_TIMEOUT_S = 240  # SGLang imports for half a minute, longer on a busy machine

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from PIL import Image
 from tokenizers import Tokenizer
 
 from protocol.events import Delta, Failed, Finished, NulDecoder, is_terminal
@@ -152,6 +153,7 @@ def bomb() -> str:
 
 
 GOOD = encoded(picture())
+LINE = encoded(Image.new("RGB", (1, 9000)))
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "no prompt": ({}, 422, "invalid_request"),
     "prompt and messages": ({"prompt": "a", "messages": user("a")}, 422, "invalid_request"),
@@ -168,8 +170,8 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a path": ({"prompt": "<image>", "images": ["/etc/passwd"]}, 422, "bad_image"),
     "unknown model": ({"prompt": "a", "model": "gpt-5"}, 404, "model_not_found"),
     "long prompt": ({"prompt": "word " * 20000}, 413, "context_overflow"),
-    "logprobs": ({"prompt": "a", "logprobs": 3}, 422, "unsupported"),
-    "grammar": ({"prompt": "a", "regex": "[0-9]+"}, 422, "unsupported"),
+    "two grammars": ({"prompt": "a", "regex": "a", "json_schema": "{}"}, 422, "invalid_request"),
+    "a line": ({"prompt": "<image>", "images": [LINE]}, 422, "bad_image"),
 }
 
 
@@ -200,8 +202,9 @@ def test_a_body_too_large_is_refused_before_it_is_read(worker: Worker) -> None:
 
 
 def test_an_unknown_adapter_never_gets_the_base_models_answer(worker: Worker) -> None:
-    status_code, error = refusal(worker.address, **GREEDY, prompt="a", adapter="nobody")
-    assert (status_code, error["code"]) in {(404, "adapter_not_found"), (422, "unsupported")}
+    for fields in ({"adapter": "nobody"}, {"model": f"{MODEL}:nobody"}):
+        found = refusal(worker.address, **GREEDY | fields, prompt="a")
+        assert (found[0], found[1]["code"]) == (404, "adapter_not_found")
 
 
 def test_bad_requests_disturb_nobody(worker: Worker) -> None:
@@ -390,7 +393,7 @@ def test_formats_and_modes(worker: Worker, image_format: str, mode: str) -> None
 def test_the_status_is_llavas_and_more(worker: Worker) -> None:
     count(worker)
     found = status(worker)
-    assert found.model_names == (MODEL,)
+    assert found.model_names == (MODEL, *(f"{MODEL}:{name}" for name in found.adapters))
     assert found.kind == worker.kind
     assert found.speed > 1, "it measures itself"
     assert found.capacity

@@ -19,8 +19,9 @@ class Clock:
 
 def status(**fields: Any) -> WorkerStatus:
     """A worker of ours."""
+    adapters = fields.get("adapters", ())
     defaults: dict[str, Any] = {
-        "model_names": ("m",),
+        "model_names": ("m", *(f"m:{adapter}" for adapter in adapters)),
         "worker_id": "w",
         "epoch": 1,
         "kind": "hf",

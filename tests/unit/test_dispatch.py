@@ -16,6 +16,7 @@ from controller.registry import Registry, Replica
 from protocol.errors import (
     AdapterNotFound,
     Draining,
+    InvalidRequest,
     ModelNotFound,
     NoReplicaAvailable,
     Overloaded,
@@ -25,6 +26,7 @@ from protocol.errors import (
 from protocol.messages import Capabilities, WorkerState
 from tests.unit.fakes import Clock, status
 
+ADAPTERS = Capabilities(adapters=True)
 DEMAND = Demand("m", None, None, frozenset(), work=10.0, body_bytes=100)
 
 
@@ -113,9 +115,86 @@ async def test_another_kind() -> None:
 
 async def test_an_unknown_adapter_is_never_the_base_model() -> None:
     desk = Desk()
-    replica = desk.add(adapters=("formal",), capabilities=Capabilities(adapters=True))
+    replica = desk.add(adapters=("formal",), capabilities=ADAPTERS)
     assert type(await refusal(desk, replace(DEMAND, adapter="terse"))) is AdapterNotFound
     assert await desk.hold(replace(DEMAND, adapter="formal")) is replica
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter"), [("m:formal", None), ("m", "formal"), ("m:formal", "formal")]
+)
+async def test_an_adapter_goes_to_who_has_it(model: str, adapter: str | None) -> None:
+    desk = Desk()
+    desk.add("http://a:1", adapters=("terse",), capabilities=ADAPTERS)
+    able = desk.add("http://b:1", adapters=("terse", "formal"), capabilities=ADAPTERS)
+    for _ in range(5):
+        assert await desk.hold(replace(DEMAND, model=model, adapter=adapter)) is able
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "expected"),
+    [
+        ("m:nobody", None, AdapterNotFound),
+        ("m", "nobody", AdapterNotFound),
+        ("m:", None, AdapterNotFound),
+        ("m:formal:x", None, ModelNotFound),
+        ("n:formal", None, ModelNotFound),
+        ("m:formal", "terse", InvalidRequest),
+    ],
+)
+async def test_adapters_that_cannot_be_had(
+    model: str, adapter: str | None, expected: type[TandemError]
+) -> None:
+    desk = Desk()
+    desk.add(adapters=("terse", "formal"), capabilities=ADAPTERS)
+    assert type(await refusal(desk, replace(DEMAND, model=model, adapter=adapter))) is expected
+
+
+async def test_a_models_own_name_may_contain_a_colon() -> None:
+    desk = Desk()
+    desk.add("http://a:1", model_names=("m",))
+    other = desk.add("http://b:1", model_names=("m:7b", "m:7b:x"), adapters=("x",))
+    assert await desk.hold(replace(DEMAND, model="m:7b")) is other
+    assert await desk.hold(replace(DEMAND, model="m:7b:x")) is other
+    error = await refusal(desk, replace(DEMAND, model="m:7b", adapter="y"))
+    assert type(error) is AdapterNotFound
+    desk.registry.remove(other, "lost", "")
+    assert type(await refusal(desk, replace(DEMAND, model="m:7b"))) is NoReplicaAvailable
+
+
+async def test_an_adapter_that_was_unloaded() -> None:
+    desk = Desk()
+    replica = desk.add(adapters=("formal",), capabilities=ADAPTERS)
+    asked = replace(DEMAND, model="m:formal")
+    assert await desk.hold(asked) is replica
+    desk.add()
+    assert type(await refusal(desk, asked)) is AdapterNotFound
+    assert desk.registry.models() == ["m"]
+    desk.registry.remove(replica, "lost", "")
+    assert type(await refusal(desk, asked)) is NoReplicaAvailable
+
+
+async def test_who_waits_for_an_adapter_hears_of_its_end() -> None:
+    desk = Desk()
+    desk.add(adapters=("formal",), capabilities=ADAPTERS, capacity=1)
+    release = asyncio.Event()
+    first = asyncio.create_task(desk.hold(release=release))
+    await settle()
+    second = asyncio.create_task(desk.hold(replace(DEMAND, model="m:formal")))
+    await settle()
+    desk.add(capacity=1)
+    with pytest.raises(AdapterNotFound):
+        await second
+    release.set()
+    await first
+
+
+async def test_a_worker_that_loads_may_yet_bring_the_adapter() -> None:
+    desk = Desk()
+    desk.add(state=WorkerState.STARTING)
+    error = await refusal(desk, replace(DEMAND, model="m:formal"))
+    assert type(error) is NoReplicaAvailable
+    assert "loading" in error.message
 
 
 async def test_a_need_goes_to_the_kind_that_can() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import Overloaded, UpstreamLost
 from protocol.events import (
+    LOWEST_LOGPROB,
     Delta,
     Event,
     Failed,
@@ -18,14 +19,28 @@ from protocol.events import (
     NulDecoder,
     NulEncoder,
     SseDecoder,
+    TokenLogprob,
+    TopLogprob,
     encode_sse,
 )
 
 prompts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+token_ids = st.integers(0, 2**31)
+logs = st.floats(LOWEST_LOGPROB, 0)
+tops = st.builds(TopLogprob, token_id=token_ids, token=texts, logprob=logs)
+token_logprobs = st.builds(
+    TokenLogprob,
+    token_id=token_ids,
+    token=texts,
+    logprob=logs,
+    top=st.lists(tops, max_size=2).map(tuple),
+)
 deltas = st.builds(
     Delta,
-    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
-    token_ids=st.lists(st.integers(0, 2**31), min_size=1, max_size=4).map(tuple),
+    text=texts,
+    token_ids=st.lists(token_ids, min_size=1, max_size=4).map(tuple),
+    logprobs=st.none() | st.lists(token_logprobs, min_size=1, max_size=2).map(tuple),
 )
 finished = st.builds(
     Finished,
@@ -137,6 +152,31 @@ def test_llavas_error_is_a_failure() -> None:
             remedy="Look into the worker's log; it names the cause.",
         )
     ]
+
+
+def test_fastchats_logprobs_are_left_out() -> None:
+    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0]}
+    assert NulDecoder("").feed(frame(text="a", logprobs=logprobs)) == [Delta(text="a")]
+
+
+def test_logprobs_that_are_none_of_ours_are_a_lost_upstream() -> None:
+    with pytest.raises(UpstreamLost):
+        NulDecoder("").feed(frame(text="a", logprobs=[{"token": 7}]))
+
+
+@pytest.mark.parametrize("value", [float("-inf"), float("nan"), -1e30])
+def test_what_json_cannot_say_is_very_unlikely(value: float) -> None:
+    top = (TopLogprob(token_id=1, token="a", logprob=value),)
+    token = TokenLogprob(token_id=1, token="a", logprob=value, top=top)
+    assert token.logprob == token.top[0].logprob == LOWEST_LOGPROB
+    delta = Delta(text="a", token_ids=(1,), logprobs=(token,))
+    assert SseDecoder().feed(encode_sse(delta)) == [delta]
+    assert NulDecoder("").feed(NulEncoder("").encode(delta)) == [delta]
+
+
+def test_a_delta_without_logprobs_does_not_mention_them() -> None:
+    assert b"logprobs" not in encode_sse(Delta(text="a", token_ids=(1,)))
+    assert b"logprobs" not in NulEncoder("").encode(Delta(text="a", token_ids=(1,)))
 
 
 @pytest.mark.parametrize("data", [b"{\0", b"[]\0", b"{}\0", b'{"text": 7, "error_code": 0}\0'])

@@ -30,10 +30,13 @@ def draw(
     prompt: tuple[int, ...] = (0,),
     answer: tuple[int, ...] = (),
 ) -> int:
-    """The token that generate() would take."""
-    chain: Any = sampling.processors(params, prompt_tokens=len(prompt))
-    scores = chain(torch.tensor([[*prompt, *answer]]), torch.tensor([logits]))
-    return int(scores.argmax())
+    """The token an answer would get."""
+    scores = torch.tensor([logits])
+    one = sampling.Draw(params)
+    one.penalize(scores[0], answer)
+    tokens, sound = sampling.choose(scores, [one], [len(prompt) + len(answer) - 1])
+    assert sound == [True]
+    return tokens[0]
 
 
 def drawn(**params: Any) -> set[int]:
@@ -61,10 +64,10 @@ def test_odds_are_those_of_softmax() -> None:
 
 def test_odds_along_the_positions_of_one_seed() -> None:
     draws = 4000
-    chain = sampling.SeededDraw(7)
-    scores = torch.tensor([LOGITS])
-    ids = torch.zeros((1, draws), dtype=torch.long)
-    counts = Counter(int(chain(ids[:, : n + 1], scores).argmax()) for n in range(draws))
+    one = sampling.Draw(SamplingParams(seed=7))
+    scores = torch.tensor([LOGITS]).expand(draws, -1)
+    tokens, _ = sampling.choose(scores, [one] * draws, range(draws))
+    counts = Counter(tokens)
     expected = torch.tensor(LOGITS).softmax(-1).tolist()
     for token_id, odds in enumerate(expected):
         assert counts[token_id] / draws == pytest.approx(odds, abs=0.03)
@@ -111,9 +114,9 @@ def test_noise_is_sglangs(seed: int) -> None:
         murmur3(struct.pack("<QII", seed, position - 1, token_id)) for token_id in range(tokens)
     ]
     noise = [-math.log(-math.log(value / 0xFFFFFFFF)) for value in hashes]
-    ids = torch.zeros((1, position), dtype=torch.long)
-    scores = sampling.SeededDraw(seed)(ids, torch.zeros((1, tokens)))
-    assert int(scores.argmax()) == noise.index(max(noise))
+    one = sampling.Draw(SamplingParams(seed=seed))
+    chosen, _ = sampling.choose(torch.zeros((1, tokens)), [one], [position - 1])
+    assert chosen == [noise.index(max(noise))]
 
 
 def test_the_same_draw_in_any_thread() -> None:
@@ -129,6 +132,34 @@ def test_the_same_draw_in_any_thread() -> None:
         first, *others = threads.map(sequence, range(4))
     assert others == [first] * 3
     assert len(set(first)) > 10
+
+
+def test_rows_do_not_know_of_each_other() -> None:
+    """Every row of a mixed batch gets the token it gets alone."""
+    source = torch.Generator().manual_seed(2)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"seed": 1},
+        {"seed": 2, "top_k": 5},
+        {"seed": 3, "top_p": 0.7, "temperature": 2.0},
+        {"seed": 4, "min_p": 0.2},
+        {"seed": 5, "top_k": 50, "top_p": 0.9, "temperature": 0.7},
+    ]
+    draws = [sampling.Draw(SamplingParams(**kind)) for kind in kinds * 3]
+    scores = torch.randn((len(draws), 500), generator=source) * 3
+    positions = list(range(len(draws)))
+    together, _ = sampling.choose(scores, draws, positions)
+    alone = [sampling.choose(scores[row : row + 1], [draws[row]], [row])[0][0] for row in positions]
+    assert together == alone
+
+
+def test_what_is_not_a_number_is_said_of_its_row_only() -> None:
+    scores = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [2.0, 1.0]])
+    tokens, sound = sampling.choose(
+        scores, [sampling.Draw(SamplingParams(temperature=0))] * 3, [0, 0, 0]
+    )
+    assert sound == [True, False, True]
+    assert (tokens[0], tokens[2]) == (1, 0)
 
 
 def test_without_a_seed_draws_differ() -> None:

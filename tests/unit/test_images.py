@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+import threading
 
 import pytest
 from PIL import Image
@@ -76,3 +77,17 @@ def test_mutated_pictures_are_decoded_or_refused_and_nothing_else() -> None:
             except BadImage:
                 continue
             assert one.pixels.mode == "RGB"
+
+
+def test_a_decoding_nobody_waits_for_ends_at_its_next_read() -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(BadImage):
+        decode([encoded(picture())], max_pixels=LIMIT, cancelled=cancelled)
+
+
+def test_a_line_is_refused() -> None:
+    """A processor that makes the shorter side 336 pixels would make 600 million of it."""
+    with pytest.raises(BadImage, match="1 x 5000"):
+        decode([encoded(Image.new("RGB", (1, 5000)))], max_pixels=LIMIT)
+    assert decode([encoded(Image.new("RGB", (10, 2000)))], max_pixels=LIMIT)

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from protocol.messages import (
+    AdapterSource,
     Capabilities,
     GenerateRequest,
     Heartbeat,
@@ -107,6 +108,33 @@ def test_a_refusal_names_the_field_and_not_the_value() -> None:
 def test_missing_capabilities_by_name() -> None:
     asked = request(prompt="a", seed=1, logprobs=2)
     assert Capabilities(seed=True).missing(asked.needs) == ["logprobs"]
+
+
+@pytest.mark.parametrize("name", ["a", "Formal-1.5_x", "x" * 64])
+def test_names_of_adapters(name: str) -> None:
+    assert AdapterSource(name=name, path="p").name == name
+
+
+@pytest.mark.parametrize("name", ["", "base", "a:b", "a/b", "a b", "é", "a\n", "x" * 65])
+def test_what_no_adapter_may_be_called(name: str) -> None:
+    with pytest.raises(ValidationError):
+        AdapterSource(name=name, path="p")
+
+
+@pytest.mark.parametrize(
+    ("names", "adapters", "bases"),
+    [
+        (("m",), (), ("m",)),
+        (("m", "m:a", "m:b"), ("a", "b"), ("m",)),
+        (("m:a",), ("a",), ("m:a",)),  # no m is served, so it is a name with a colon
+        (("m:7b", "m:7b:a"), ("a",), ("m:7b",)),
+        (("m", "m:7b"), (), ("m", "m:7b")),
+    ],
+)
+def test_the_bases_of_a_worker(
+    names: tuple[str, ...], adapters: tuple[str, ...], bases: tuple[str, ...]
+) -> None:
+    assert WorkerStatus(model_names=names, adapters=adapters).bases == bases
 
 
 def test_a_status_survives_the_wire() -> None:

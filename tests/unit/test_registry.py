@@ -110,6 +110,14 @@ def test_a_model_that_was_served_stays_known() -> None:
     assert not registry.knows("y")
 
 
+def test_an_adapter_is_not_known_for_ever() -> None:
+    registry = Watched()
+    registry.register(A, status(adapters=("formal",)))
+    assert registry.models() == ["m", "m:formal"]
+    assert registry.knows("m")
+    assert not registry.knows("m:formal")
+
+
 def test_every_change_is_told() -> None:
     registry = Watched()
     replica = registry.register(A, status())

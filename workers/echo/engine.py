@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
-from protocol.errors import ContextOverflow, EngineFailed, from_wire
+from protocol.errors import ContextOverflow, EngineFailed, Unsupported, from_wire
 from protocol.events import Delta, Finished
 from protocol.messages import CacheStatus, Capabilities, GenerateRequest, TextPart
 from workers.echo.settings import EchoSettings
@@ -92,6 +92,15 @@ class EchoEngine:
 
     def cache(self) -> CacheStatus | None:
         return None
+
+    def adapters(self) -> tuple[str, ...]:
+        return ()
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        raise Unsupported("The echo engine has no weights to adapt.")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise Unsupported("The echo engine has no weights to adapt.")
 
     async def aclose(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The Hugging Face engine: one generation thread a request, bridged to the event loop.
+"""The Hugging Face engine: its threads, bridged to the event loop.
 
 This module imports neither torch nor transformers; ``start`` does.
 """
@@ -6,7 +6,6 @@ This module imports neither torch nor transformers; ``start`` does.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -16,35 +15,43 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from protocol.errors import EngineFailed
+from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest, TandemError
 from protocol.events import Delta, Finished
-from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from protocol.messages import BASE, CacheStatus, Capabilities, GenerateRequest
 from workers.engine import EngineInfo, Progress
-from workers.hf.settings import HfSettings
+from workers.hf.settings import BATCHED_CAPACITY, THREADS_CAPACITY, HfSettings
 from workers.images import Picture
 
 if TYPE_CHECKING:
+    from workers.hf.job import Job
     from workers.hf.model import HfModel
+    from workers.hf.scheduler import Item, Scheduler
+    from workers.hf.threads import Threads
 
 log = logging.getLogger(__name__)
 
 STOP_S = 10.0
-"""How long a closed request may take to leave its thread; one layer of the network as a rule."""
+"""How long a closed request may take to leave; one layer of the network as a rule."""
+
+ENCODERS = 2
+"""Threads that turn requests into tensors: pictures cost most, and the network needs cores too."""
 
 T = TypeVar("T")
 
 
 class HfEngine:
-    """Serves one transformers model; requests decode side by side, each in its own thread."""
+    """Serves one transformers model; requests decode together where the model allows it."""
 
     kind = "hf"
 
     def __init__(self, settings: HfSettings) -> None:
         self._settings = settings
-        self._capacity = settings.limit_model_concurrency
-        self._threads = ThreadPoolExecutor(self._capacity, thread_name_prefix="generation")
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
         self._model: HfModel | None = None
-        self._running: dict[asyncio.Future[Finished], threading.Event] = {}
+        self._runner: Scheduler | Threads | None = None
+        self._streams: dict[Job, asyncio.Queue[Item]] = {}
+        self._leaving: set[str] = set()  # adapters that finish what runs
+        self._quiet = asyncio.Condition()  # notified when a stream has ended
         self._dead = asyncio.Event()
 
     async def start(self, progress: Progress) -> EngineInfo:
@@ -58,33 +65,63 @@ class HfEngine:
         def report(words: str) -> None:
             loop.call_soon_threadsafe(progress, words)
 
-        progress("importing torch and transformers")
-        self._model, info = await self._in_thread(lambda: self._start(report))
-        return info
+        def deliver(items: Sequence[tuple[Job, Item]]) -> None:
+            loop.call_soon_threadsafe(self._deliver, items)
 
-    def _start(self, progress: Progress) -> tuple[HfModel, EngineInfo]:
+        progress("importing torch and transformers")
+        return await self._in_thread(lambda: self._start(report, deliver))
+
+    def _start(
+        self, progress: Progress, deliver: Callable[[Sequence[tuple[Job, Item]]], None]
+    ) -> EngineInfo:
         import torch
         import transformers
 
-        from workers.hf.generation import warm_up
-        from workers.hf.model import load
+        from workers.hf import loading, machine, quantization
+        from workers.hf.batch import Batch
+        from workers.hf.scheduler import Scheduler
+        from workers.hf.threads import Threads
+        from workers.hf.warmup import warm_up
 
-        model = load(self._settings, progress)
+        model = loading.load(self._settings, progress)
         progress("warming up")
-        # Alone, because some weights are repacked within the first forward pass.
-        image_tokens = warm_up(model)
-        return model, EngineInfo(
-            capacity=self._capacity,
+        warm = warm_up(model)
+        quantization.release()
+        batched = self._settings.batching == "auto" and warm.unbatched is None
+        if self._settings.batching == "auto" and warm.unbatched is not None:
+            log.warning("requests decode in threads of their own: %s", warm.unbatched)
+        capacity = self._settings.limit_model_concurrency or (
+            BATCHED_CAPACITY if batched else THREADS_CAPACITY
+        )
+        if batched:
+            batch = Batch(
+                model,
+                chunk_tokens=warm.chunk_tokens,
+                limit_bytes=machine.spare_bytes(model.device),
+            )
+            self._runner = Scheduler(batch, prefill_tokens=warm.chunk_tokens, deliver=deliver)
+        else:
+            self._runner = Threads(capacity, deliver=deliver)
+        self._model = model
+        return EngineInfo(
+            capacity=capacity,
             context_length=model.context_length,
             capabilities=Capabilities(
                 chat=model.apply_template is not None,
                 images=model.image_token is not None,
+                adapters=True,
+                grammar=True,
+                logprobs=True,
                 seed=True,
                 resume=True,
             ),
             precision=model.precision,
+            weight_bytes=quantization.weight_bytes(model.network),
+            unquantized_bytes=quantization.weight_bytes_before(model.network)
+            if self._settings.load_4bit or self._settings.load_8bit
+            else None,
             device=str(model.device),
-            image_tokens=image_tokens,
+            image_tokens=warm.image_tokens,
             versions={"torch": torch.__version__, "transformers": transformers.__version__},
         )
 
@@ -93,57 +130,132 @@ class HfEngine:
     ) -> AsyncGenerator[Delta | Finished]:
         """Yield ``Delta* Finished``, a delta for each token.
 
-        Closing the generator stops the computation and waits for its thread, so that a slot is
-        free only when its thread is.
+        Closing the generator stops the computation and waits for that, so that a slot is free
+        only when its computation has ended.
 
         Raises:
+            AdapterNotFound: no such adapter is loaded.
             BadImage, ContextOverflow, InvalidRequest, Unsupported: the request cannot be served.
             EngineFailed, OutOfMemory: it could not be served.
         """
-        if self._model is None:
-            raise EngineFailed("The engine is not running.")
-        model = self._model
-        loop = asyncio.get_running_loop()
-        deltas: asyncio.Queue[Delta | None] = asyncio.Queue()
+        model, runner = self._running()
+        self._check_adapter(request.adapter)
         cancelled = threading.Event()
-
-        def emit(delta: Delta | None) -> None:
-            loop.call_soon_threadsafe(deltas.put_nowait, delta)
-
-        def work() -> Finished:
-            from workers.hf.generation import generate
-
-            try:
-                return generate(model, request, images, emit=emit, cancelled=cancelled)
-            finally:
-                emit(None)
-
-        running = self._in_thread(work)
-        self._running[running] = cancelled
-        running.add_done_callback(self._ended)
         try:
-            while (delta := await deltas.get()) is not None:
-                yield delta
-            await asyncio.wait([running])
-            yield running.result()
-        finally:
+            job = await self._prepare(model, request, images, cancelled)
+        except BaseException:
             cancelled.set()
-            with anyio.move_on_after(STOP_S, shield=True):
-                await asyncio.wait([running])
-            if not running.done():
-                log.warning("a closed request still computes after %.0f s", STOP_S)
+            raise
+        self._check_adapter(request.adapter)  # it may have begun to leave meanwhile
+        items: asyncio.Queue[Item] = asyncio.Queue()
+        self._streams[job] = items
+        item: Item = Delta(text="")
+        try:
+            if job.answer.reason is not None:  # resumed at its very end
+                item = job.finished()
+                yield item
+                return
+            runner.submit(job)
+            while isinstance(item := await items.get(), Delta):
+                yield item
+            if isinstance(item, TandemError):
+                raise item
+            if item is None:  # cancelled by aclose
+                raise EngineFailed("The worker stopped before the answer was complete.")
+            yield item
+        finally:
+            if isinstance(item, Delta):
+                cancelled.set()
+                runner.wake()
+                with anyio.move_on_after(STOP_S, shield=True) as stopping:
+                    while isinstance(await items.get(), Delta):
+                        pass
+                if stopping.cancelled_caught:
+                    log.warning("a closed request still computes after %.0f s", STOP_S)
+            del self._streams[job]
+            if self._leaving:
+                with anyio.CancelScope(shield=True):
+                    async with self._quiet:
+                        self._quiet.notify_all()
+
+    async def _prepare(
+        self,
+        model: HfModel,
+        request: GenerateRequest,
+        images: Sequence[Picture],
+        cancelled: threading.Event,
+    ) -> Job:
+        """Encode in a thread; one that is abandoned ends at its next stage."""
+        from workers.hf.job import prepare
+
+        return await self._in_thread(lambda: prepare(model, request, images, cancelled))
+
+    def _deliver(self, items: Sequence[tuple[Job, Item]]) -> None:
+        from workers.hf.failures import is_fatal
+
+        for job, item in items:
+            stream = self._streams.get(job)  # gone when its end came after STOP_S
+            if stream is not None:
+                stream.put_nowait(item)
+            if isinstance(item, TandemError) and is_fatal(item.__cause__):
+                self._dead.set()
+
+    def _running(self) -> tuple[HfModel, Scheduler | Threads]:
+        if self._model is None or self._runner is None:
+            raise EngineFailed("The engine is not running.")
+        return self._model, self._runner
 
     def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
         # The context carries the request id into the log entries of the thread.
-        return asyncio.get_running_loop().run_in_executor(self._threads, copy_context().run, work)
+        return asyncio.get_running_loop().run_in_executor(self._encoders, copy_context().run, work)
 
-    def _ended(self, running: asyncio.Future[Finished]) -> None:
-        from workers.hf.failures import is_fatal
+    # ---- adapters
 
-        del self._running[running]
-        failure = running.exception()
-        if failure is not None and is_fatal(failure.__cause__):
-            self._dead.set()
+    def _check_adapter(self, name: str | None) -> None:
+        if name is not None and name not in self.adapters():
+            raise AdapterNotFound(f"No adapter {name!r} is loaded.")
+
+    def adapters(self) -> tuple[str, ...]:
+        """Those a request may choose now."""
+        if self._model is None:
+            return ()
+        return tuple(name for name in self._model.adapter_names if name not in self._leaving)
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load a LoRA adapter between two decode steps.
+
+        Raises:
+            InvalidRequest: the name is taken.
+            EngineFailed: it cannot be loaded; nothing has changed.
+        """
+        from workers.hf.adapter_files import fetch
+
+        model, runner = self._running()
+        folder = await self._in_thread(lambda: fetch(path))
+        await asyncio.wrap_future(runner.between(lambda: model.adapters.load(name, folder)))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Let the answers that use it end, then free it.
+
+        Raises:
+            AdapterNotFound: it is not loaded.
+            InvalidRequest: it is a part of the model.
+        """
+        model, runner = self._running()
+        self._check_adapter(name)
+        if name in (BASE, model.default_adapter):
+            raise InvalidRequest(f"The adapter {name!r} belongs to the model; it stays.")
+        self._leaving.add(name)
+        try:
+            async with self._quiet:
+                await self._quiet.wait_for(
+                    lambda: all(job.adapter != name for job in self._streams)
+                )
+            await asyncio.wrap_future(runner.between(lambda: model.adapters.unload(name)))
+        finally:
+            self._leaving.discard(name)
+
+    # ---- the end
 
     async def failed(self) -> None:
         """Wait for the death of the accelerator; other failures are a request's own.
@@ -159,19 +271,15 @@ class HfEngine:
 
     async def aclose(self) -> None:
         """Cancel what runs, wait for it and free the model."""
-        for cancelled in self._running.values():
-            cancelled.set()
-        if self._running:
-            await asyncio.wait(list(self._running), timeout=STOP_S)
+        for job in self._streams:
+            job.cancelled.set()
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            runner.close()
+            await self._in_thread(lambda: runner.join(STOP_S))
         if self._model is not None:
+            from workers.hf.batch import free_memory
+
             self._model = None
-            await asyncio.wait([self._in_thread(_free_memory)], timeout=STOP_S)
-        self._threads.shutdown(wait=False)
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+            await asyncio.wait([self._in_thread(free_memory)], timeout=STOP_S)
+        self._encoders.shutdown(wait=False, cancel_futures=True)

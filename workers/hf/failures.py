@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 
 from protocol.errors import EngineFailed, OutOfMemory, TandemError
@@ -24,10 +26,16 @@ def is_fatal(exc: BaseException | None) -> bool:
 
 
 def as_typed(exc: Exception) -> TandemError:
-    """The error of one generation that raised ``exc``."""
+    """The error of one generation that raised ``exc``, which becomes its cause."""
+    error: TandemError
     if is_out_of_memory(exc):
-        return OutOfMemory("The model ran out of memory on this request.")
-    return EngineFailed(f"The model failed with {type(exc).__name__}.")
+        error = OutOfMemory("The model ran out of memory on this request.")
+    else:
+        error = EngineFailed(f"The model failed with {type(exc).__name__}.")
+    # Frames hold the tensors of the failed pass for as long as the error lives.
+    traceback.clear_frames(exc.__traceback__)
+    error.__cause__ = exc.with_traceback(None)
+    return error
 
 
 def one_line(exc: BaseException) -> str:

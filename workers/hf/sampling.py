@@ -1,25 +1,18 @@
-"""Drawing tokens so that (seed, position) alone decide, whatever other threads do meanwhile.
+"""Choosing tokens so that (seed, position) alone decide, whatever else is in the batch.
 
-``torch.manual_seed`` is shared by all threads, so two seeded requests at once disturb each other.
-Here the noise of a draw is a hash of the seed, the position and the token: no state, equal on
-every device, and equal after a resume elsewhere. Hash and formula are those of SGLang's
-deterministic mode, so that equal logits give equal draws there.
+``torch.manual_seed`` is shared by everything in the process, so two seeded requests at once
+disturb each other. Here the noise of a draw is a hash of the seed, the position and the token: no
+state, equal on every device, and equal after a resume elsewhere. Hash, formula and the meaning of
+top_k, top_p and min_p are those of SGLang, so that equal logits give equal draws there.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from protocol.messages import SamplingParams
 
@@ -29,50 +22,88 @@ GREEDY_BELOW = 1e-6
 _U32 = 0xFFFFFFFF
 
 
-def processors(params: SamplingParams, *, prompt_tokens: int) -> Any:
-    """The ``logits_processor`` of ``generate(do_sample=False)`` that samples by ``params``.
+class Draw:
+    """How the tokens of one answer are chosen."""
 
-    The repetition penalty looks at the answer only, as SGLang's does.
-    """
-    chain = LogitsProcessorList()
-    if params.repetition_penalty != 1.0:
-        chain.append(
-            RepetitionPenaltyLogitsProcessor(
-                params.repetition_penalty, prompt_ignore_length=prompt_tokens
-            )
-        )
-    if params.temperature < GREEDY_BELOW:
-        return chain
-    chain.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k > 0:
-        chain.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1.0:
-        chain.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0.0:
-        chain.append(MinPLogitsWarper(params.min_p))
-    chain.append(SeededDraw(secrets.randbits(63) if params.seed is None else params.seed))
-    return chain
-
-
-class SeededDraw:
-    """Draws one token by the Gumbel-max method and leaves it alone in the scores."""
-
-    def __init__(self, seed: int) -> None:
+    def __init__(self, params: SamplingParams) -> None:
+        self.greedy = params.temperature < GREEDY_BELOW
+        self.temperature = params.temperature
+        self.top_k = params.top_k
+        self.top_p = params.top_p
+        self.min_p = params.min_p
+        self.penalty = params.repetition_penalty
+        self.narrows = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         self._seed_state = _mix(_mix(0, seed & _U32), seed >> 32)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Only what the warpers left over: with top-k that is a few of 150 000.
-        candidates = torch.isfinite(scores[0]).nonzero().squeeze(1)
-        noise = gumbel(_mix(self._seed_state, input_ids.shape[1] - 1), candidates)
-        drawn = candidates[(scores[0, candidates].double() + noise).argmax()]
-        alone = torch.full_like(scores, float("-inf"))
-        alone[0, drawn] = 0.0
-        return alone
+    def state(self, position: int) -> int:
+        """The hash of the seed and of the token's position behind the prompt's first."""
+        state: int = _mix(self._seed_state, position)
+        return state
+
+    def penalize(self, scores: torch.Tensor, answer_ids: Sequence[int]) -> None:
+        """Apply the repetition penalty to ``scores`` [vocabulary] in place.
+
+        It looks at the answer only, as SGLang's does. Formula: Keskar et al. 2019 (CTRL), 4.1.
+        """
+        if self.penalty == 1.0 or not answer_ids:
+            return
+        seen = torch.tensor(sorted(set(answer_ids)), device=scores.device)
+        at = scores[seen]
+        scores[seen] = torch.where(at < 0, at * self.penalty, at / self.penalty)
 
 
-def gumbel(state: int, token_ids: torch.Tensor) -> torch.Tensor:
-    """Gumbel noise of each token id, from the murmur3 ``state`` of seed and position."""
-    mixed = _mix(state, token_ids.long()) ^ 16  # bytes hashed
+def choose(
+    scores: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """A token for each row of ``scores`` [rows, vocabulary] (float32), and whether it is sound.
+
+    A row is unsound when the network gave it something that is not a number.
+    """
+    best, tokens = scores.max(dim=-1)
+    sampled = [row for row, draw in enumerate(draws) if not draw.greedy]
+    if sampled:
+        which = slice(None) if len(sampled) == len(draws) else sampled
+        drawn = _draw(scores[which], [draws[r] for r in sampled], [positions[r] for r in sampled])
+        tokens[which] = drawn
+    return tokens.tolist(), torch.isfinite(best).tolist()
+
+
+def _draw(scores: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> torch.Tensor:
+    """One token a row by the Gumbel-max method, from what top_k, top_p and min_p leave."""
+    column = _column_on(scores.device)
+    logits = scores / column([draw.temperature for draw in draws])
+    if any(draw.narrows for draw in draws):
+        candidates, ids = logits.sort(dim=-1, descending=True, stable=True)
+        share = candidates.softmax(dim=-1)
+        before = share.cumsum(dim=-1) - share
+        width = share.shape[-1]
+        keep = torch.arange(width, device=scores.device) < column(
+            [draw.top_k or width for draw in draws]
+        )
+        keep &= before <= column([draw.top_p for draw in draws])
+        keep &= share >= share[:, :1] * column([draw.min_p for draw in draws])
+        kept = int(keep.sum(dim=-1).max())
+        candidates, ids, keep = candidates[:, :kept], ids[:, :kept], keep[:, :kept]
+        candidates = candidates.masked_fill(~keep, float("-inf"))
+    else:
+        candidates = logits
+        ids = torch.arange(logits.shape[-1], device=scores.device)[None]
+    states = column([draw.state(at) for draw, at in zip(draws, positions, strict=True)])
+    pick = (candidates.double() + gumbel(states, ids)).argmax(dim=-1, keepdim=True)
+    return ids.expand_as(candidates).gather(1, pick).squeeze(1)
+
+
+def _column_on(device: torch.device) -> Any:
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    return column
+
+
+def gumbel(states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise of each token id, from the murmur3 ``states`` of seed and position."""
+    mixed = _mix(states, token_ids.long()) ^ 16  # bytes hashed
     mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & _U32
     mixed = ((mixed ^ (mixed >> 13)) * 0xC2B2AE35) & _U32
     uniform = (mixed ^ (mixed >> 16)).double() / _U32
@@ -82,7 +113,7 @@ def gumbel(state: int, token_ids: torch.Tensor) -> torch.Tensor:
     return -exponential.log()
 
 
-def _mix(state: int, block: Any) -> Any:
+def _mix(state: Any, block: Any) -> Any:
     """One round of murmur3 on 32-bit numbers: ints, or int64 tensors whose overflow is cut off."""
     block = (block * 0xCC9E2D51) & _U32
     block = ((block << 15) | (block >> 17)) & _U32

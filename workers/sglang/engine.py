@@ -245,6 +245,15 @@ class SglangEngine:
     def cache(self) -> CacheStatus | None:
         return None if self._cache is None else self._cache.status()
 
+    def adapters(self) -> tuple[str, ...]:
+        return ()
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        raise Unsupported("The sglang worker does not take adapters.")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise Unsupported("The sglang worker does not take adapters.")
+
     async def aclose(self) -> None:
         """Stop the server if it is ours; harmless when repeated or when ``start`` failed."""
         if self._watcher is not None:

@@ -1,0 +1,32 @@
+"""Log probabilities of chosen tokens, as the wire carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from protocol.events import TokenLogprob, TopLogprob
+
+
+def logprobs_of(
+    scores: torch.Tensor, token_id: int, top: int, decode: Callable[[list[int]], str]
+) -> TokenLogprob:
+    """How likely ``token_id`` was by the network's own ``scores`` ``[V]``, on any device.
+
+    ``decode`` gives the text of ids, special tokens included. Take ``scores`` before a sampler or
+    a grammar changes them in place.
+    """
+    logs = scores.float().log_softmax(-1)
+    values, ids = logs.topk(min(top, len(logs)))
+    # One transfer: each costs a synchronisation on an accelerator.
+    chosen, *likeliest = torch.cat([logs[token_id, None], values]).tolist()
+    return TokenLogprob(
+        token_id=token_id,
+        token=decode([token_id]),
+        logprob=chosen,
+        top=tuple(
+            TopLogprob(token_id=other, token=decode([other]), logprob=value)
+            for other, value in zip(ids.tolist(), likeliest, strict=True)
+        ),
+    )

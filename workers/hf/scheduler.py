@@ -1,0 +1,160 @@
+"""The thread that owns the network when requests decode together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+
+from protocol.errors import EngineFailed, TandemError
+from protocol.events import Delta, Finished
+from workers.hf import cancel, failures
+from workers.hf.batch import Batch, Result
+from workers.hf.job import Job
+
+log = logging.getLogger(__name__)
+
+Item = Delta | Finished | TandemError | None
+"""What a job is told: deltas, then one of the others; ``None`` answers its cancellation."""
+
+Deliver = Callable[[Sequence[tuple[Job, Item]]], None]
+"""Called from the thread that computes, once a step."""
+
+
+class Scheduler:
+    """Admits jobs to a batch between decode steps, first come first.
+
+    After every step up to ``prefill_tokens`` of the prompts that wait are computed, at least one
+    piece: those who decode go on, and those who wait are not starved.
+    """
+
+    def __init__(self, batch: Batch, *, prefill_tokens: int, deliver: Deliver) -> None:
+        self._batch = batch
+        self._prefill_tokens = prefill_tokens
+        self._deliver = deliver
+        self._changed = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._between: deque[Callable[[], None]] = deque()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take a job; its items are delivered from now on, ended by one that is no delta."""
+        with self._changed:
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """A job was cancelled."""
+        with self._changed:
+            self._changed.notify()
+
+    def between(self, work: Callable[[], None]) -> Future[None]:
+        """Run ``work`` while the network does not compute."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+                future.set_result(None)
+            except BaseException as exc:  # noqa: BLE001 - its caller's
+                future.set_exception(exc)
+
+        with self._changed:
+            self._between.append(run)
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """End the thread after its step; what is still here gets ``EngineFailed``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._next():
+                out: list[tuple[Job, Item]] = []
+                try:
+                    self._turn(out)
+                except Exception as exc:
+                    # One turn is many requests' own; none of them must hang, and the next may work.
+                    log.exception("a decode step failed")
+                    out += [(job, failures.as_typed(exc)) for job in self._batch.clear()]
+                if out:
+                    self._deliver(out)
+        while self._between:
+            self._between.popleft()()
+        gone = EngineFailed("The worker stopped before the answer was complete.")
+        self._deliver([(job, gone) for job in (*self._batch.clear(), *self._waiting)])
+
+    def _next(self) -> bool:
+        """Wait for something to do; false at the end."""
+        with self._changed:
+            while not self._closing:
+                while self._between:
+                    self._between.popleft()()
+                if self._waiting or len(self._batch) or self._batch.filling:
+                    return True
+                self._changed.wait()
+        return False
+
+    def _turn(self, out: list[tuple[Job, Item]]) -> None:
+        """Drop who left, compute some of the prompts that wait and one step of the answers."""
+        for job in [job for job in self._batch.jobs if job.cancelled.is_set()]:
+            self._batch.drop(job)
+            out.append((job, None))
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled.is_set()]
+            for job in gone:
+                self._waiting.remove(job)
+        out += [(job, None) for job in gone]
+        self._prefill(out)
+        for job, result in self._batch.step():
+            self._tell(out, job, result)
+
+    def _prefill(self, out: list[tuple[Job, Item]]) -> None:
+        left = self._prefill_tokens
+        while left > 0:
+            if not self._batch.filling and not self._begin():
+                return
+            job = self._batch.filling
+            assert job is not None
+            try:
+                tokens, result = self._batch.fill()
+            except cancel.Cancelled:
+                out.append((job, None))
+                continue
+            left -= max(tokens, 1)
+            if result is not None:
+                self._tell(out, job, result)
+
+    def _begin(self) -> bool:
+        """Take the next job that waits, if there is one and room for it."""
+        with self._changed:
+            if not self._waiting or not self._batch.fits(self._waiting[0]):
+                return False
+            job = self._waiting.popleft()
+        self._batch.begin(job)
+        return True
+
+    def _tell(self, out: list[tuple[Job, Item]], job: Job, result: Result) -> None:
+        if isinstance(result, Delta):
+            out.append((job, result))
+            if job.answer.reason is not None:
+                out.append((job, job.finished()))
+        elif isinstance(result, TandemError):
+            out.append((job, result))
+        else:
+            log.error("generation failed", exc_info=result)
+            out.append((job, failures.as_typed(result)))
