@@ -13,12 +13,14 @@ from tests.processes import ROOT, Process, running
 
 # float32: on the CPU both engines then compute the same numbers.
 ADAPTERS = ROOT / "models" / "adapters"
+HF = ("--dtype", "float32", "--device", "cpu")
 FLAGS = {
     "echo": ("--model-name", "pocket-llava", "--first-delay-s", "0.02", "--delay-s", "0.001"),
     "hf": (
-        *("--dtype", "float32", "--device", "cpu"),
+        *HF,
         *("--adapter", f"formal={ADAPTERS / 'formal'}", "--adapter", f"terse={ADAPTERS / 'terse'}"),
     ),
+    "hf in threads": (*HF, "--batching", "off"),
     "sglang": ("--dtype", "float32", "--device", "cpu"),
 }
 START_TIMEOUT_S = 240  # SGLang imports for half a minute, longer on a busy machine
@@ -32,20 +34,21 @@ class Worker:
 
 
 class Workers:
-    """Workers by kind, started when first asked for."""
+    """Workers by the keys of ``FLAGS``, whose first word is the kind; started when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
         self._stack = stack
         self._started: dict[str, Worker] = {}
 
-    def __getitem__(self, kind: str) -> Worker:
-        if kind not in self._started:
-            flags = ("--port", "0", "--no-register", *FLAGS[kind])
+    def __getitem__(self, name: str) -> Worker:
+        if name not in self._started:
+            kind = name.split()[0]
+            flags = ("--port", "0", "--no-register", *FLAGS[name])
             process = self._stack.enter_context(running(self._folder, f"workers.{kind}", *flags))
             address = process.wait_ready(START_TIMEOUT_S)
-            self._started[kind] = Worker(kind, address, process)
-        return self._started[kind]
+            self._started[name] = Worker(kind, address, process)
+        return self._started[name]
 
 
 @pytest.fixture(scope="session")

@@ -337,6 +337,18 @@ def test_pieces_and_bytes_of_sentencepiece() -> None:
     assert json.loads(tokenizer.decode(ids, skip_special_tokens=True))["é ☃"] in {"a b", "日"}
 
 
+def test_a_first_space_that_decoding_drops_is_not_written() -> None:
+    tokenizer = bytes_tokenizer(letters="ab", fallback=True)
+    found = Grammars(tokenizer, logits_width=len(tokenizer), eos_ids=frozenset({2}))
+    state = start(found, regex="[a ]{3}")
+    spaced = {tokenizer.convert_tokens_to_ids(piece) for piece in ("▁", "▁a")}
+    assert not spaced & allowed(state, len(tokenizer))
+    state.accept(tokenizer.convert_tokens_to_ids("a"))
+    assert spaced < allowed(state, len(tokenizer))
+    with pytest.raises(InvalidRequest, match="cannot spell"):
+        start(found, regex=" a")
+
+
 @pytest.mark.parametrize("asked", [{"regex": "[^x]{1,40}"}, {"schema": {"type": "string"}}])
 def test_bytes_make_whole_characters(asked: dict[str, Any]) -> None:
     tokenizer = bytes_tokenizer(letters='"', fallback=True)

@@ -50,11 +50,12 @@ class Grammar:
         *,
         width: int,
         ends: bool,
+        barred_first: torch.Tensor | None,
         barred_after: Mapping[int, torch.Tensor],
     ) -> None:
         self._matcher = matcher
         self._barred_after = barred_after  # by token id: the ids that break its last character
-        self._barred: torch.Tensor | None = None
+        self._barred = barred_first
         self._words = words  # [1, ceil(width / 32)] int32 on the CPU, a bit for each token
         self._width = width
         self._has_end_tokens = ends
@@ -70,18 +71,16 @@ class Grammar:
         """
         self._fill()
         if not self._words.any():
-            raise InvalidRequest(
-                "The grammar asks for text that this model's tokens cannot spell.",
-                remedy="Correct a schema that contains itself, allow other characters, or choose "
-                "another model.",
-            )
+            raise _unspellable()
         words = self._words[0].to(scores.device)
         # Not xgrammar's own function: on an accelerator it compiles a kernel first.
         bits = 1 << torch.arange(32, dtype=torch.int32, device=words.device)
         forbidden = (words[:, None] & bits).eq(0).view(-1)[: self._width]
-        scores.masked_fill_(forbidden, float("-inf"))
         if self._barred is not None:
-            scores[..., self._barred.to(scores.device)] = float("-inf")
+            forbidden[self._barred.to(scores.device)] = True
+            if forbidden.all():
+                raise _unspellable()
+        scores.masked_fill_(forbidden, float("-inf"))
 
     def accept(self, token_id: int) -> None:
         """Go on after ``token_id``.
@@ -140,6 +139,7 @@ class Grammars:
         self._eos_ids = sorted(i for i in eos_ids if i < logits_width)
         self._never = frozenset(never)
         self._compiler: Any = None
+        self._barred_first: torch.Tensor | None = None
         self._barred_after: dict[int, torch.Tensor] = {}
         self._starting = threading.Lock()
 
@@ -176,6 +176,7 @@ class Grammars:
             xgrammar.allocate_token_bitmask(1, self._width),
             width=self._width,
             ends=bool(self._eos_ids),
+            barred_first=self._barred_first,
             barred_after=self._barred_after,
         )
         if not grammar.ended:
@@ -188,6 +189,7 @@ class Grammars:
                 import xgrammar
 
                 spelling = self._spelling()
+                self._barred_first = self._lost_at_the_start(spelling)
                 self._barred_after = _barred_after(spelling)
                 vocabulary = xgrammar.TokenizerInfo(
                     spelling,
@@ -225,6 +227,13 @@ class Grammars:
                 spelling[token_id] = b""
         self._check(spelling)
         return [text if _is_part_of_utf8(text) else b"" for text in spelling]
+
+    def _lost_at_the_start(self, spelling: list[bytes]) -> torch.Tensor | None:
+        """The tokens that begin with a space, if the decoder drops the first space."""
+        spaced = [i for i, text in enumerate(spelling) if text.startswith(b" ")]
+        if not spaced or self._tokenizer.decode(spaced[:1]).startswith(" "):
+            return None
+        return torch.tensor(spaced)
 
     def _check(self, spelling: list[bytes]) -> None:
         """See that the tokenizer reads tokens as xgrammar guessed from its vocabulary."""
@@ -264,6 +273,14 @@ def _barred_after(spelling: list[bytes]) -> dict[int, torch.Tensor]:
         for token_id, text in enumerate(spelling)
         if text and text[-1] in by_lead
     }
+
+
+def _unspellable() -> InvalidRequest:
+    return InvalidRequest(
+        "The grammar asks for text that this model's tokens cannot spell.",
+        remedy="Correct a schema that contains itself, allow other characters, or choose another "
+        "model.",
+    )
 
 
 def _unreadable() -> Unsupported:

@@ -23,7 +23,7 @@ MAX_OPTIONAL = 100  # optional properties of an object: 100 take 0.4 s, 300 4.4 
 MAX_REPEATS = 3  # of repeats in repeats
 MAX_COST = 1000  # in repeated characters; a string with maxLength 100 compiles in 7 s
 FREE_CHARS = 256  # of one string: with maxLength 150 or 100 000, it compiles in the same time
-STAR_COST = 50  # each step after twenty of ``[a-z]?`` in a row takes 0.2 s, after thirty 0.7 s
+STAR_COST = 25  # twenty of ``[a-z]?`` in a row take 0.2 s a step, forty over a second
 
 _TOKEN = re.compile(
     r"""(?P<open>\((?:\?.?)?) | (?P<close>\)) | (?P<bar>\|) | (?P<anchor>[\^$])
