@@ -1,1 +1,1 @@
-"""The Hugging Face worker kind: any transformers model, one generation thread a request."""
+"""The Hugging Face worker kind: any transformers model, its requests in one batch."""
