@@ -5,4 +5,5 @@ python bench/frontdoor/run.py --rounds 5                 beside other front door
 python bench/frontdoor/run.py --failures --fds tandem_openai
 python bench/restart.py                                  a killed controller, whole again
 python bench/cancel.py --kind hf                         a client leaves, the engine stops
+python -m bench.hf                                       the Hugging Face worker's batch, memory
 """

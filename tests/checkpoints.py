@@ -77,7 +77,7 @@ def _qwen_vl(family: str, image_processor: str = "Qwen2VLImageProcessor") -> Cal
             "rope_theta": 10000.0,
             "mrope_section": [2, 3, 3],
         }
-        vision = {
+        vision: dict[str, Any] = {
             "hidden_size": 32,
             "out_hidden_size": 64,
             "intermediate_size": 64,

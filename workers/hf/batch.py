@@ -112,7 +112,7 @@ class Batch:
         except cancel.Cancelled:
             self._abandon()
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - the job's own, and told to it
             self._abandon()
             return 0, _ended_by(exc)
         if row.length < row.tokens:

@@ -148,7 +148,7 @@ def advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception
         for row, job in enumerate(jobs):
             try:
                 job.shape(shaped[row])
-            except Exception as exc:  # a request's own grammar; the batch goes on
+            except Exception as exc:  # noqa: BLE001 - the job's own; the batch goes on
                 results[row] = exc
     tokens, sound = choose(shaped, [job.draw for job in jobs], [job.position for job in jobs])
     out: list[Delta | Exception] = []
@@ -165,7 +165,7 @@ def advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception
         else:
             try:
                 out.append(job.push(tokens[row], scores[row]))
-            except Exception as exc:  # likewise
+            except Exception as exc:  # noqa: BLE001 - likewise
                 out.append(exc)
     return out
 

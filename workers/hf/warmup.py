@@ -92,7 +92,7 @@ def _why_unbatched(model: HfModel, jobs: Sequence[Job]) -> str | None:
         return "its layers keep something else than the keys and values of all tokens"
     try:
         difference = _difference(model, jobs)
-    except Exception as exc:  # any model may come here, and raise anything
+    except Exception as exc:  # noqa: BLE001 - any model may come here, and raise anything
         return f"it failed in a batch: {failures.one_line(exc)}"
     # Precision rounds; a wrong mask or position changes the scores as a whole.
     if not difference < (0.01 if model.exact else 0.25):
