@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ def refused(**flags: Any) -> EngineFailed:
     with pytest.raises(EngineFailed) as caught:
         loaded(**flags)
     return caught.value
+
+
+def test_many_threads_encode_at_once() -> None:
+    model = loaded()
+    requests = [asked(f"Is it {n}?", *[RED][: n % 2], max_new_tokens=1) for n in range(6)]
+    alone = [job_of(model, request).inputs["input_ids"].tolist() for request in requests]
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(lambda n: job_of(model, requests[n % 6]).inputs["input_ids"], range(300))
+        assert all(ids.tolist() == alone[n % 6] for n, ids in enumerate(found))
 
 
 # ---------------------------------------------------------------- --model-base

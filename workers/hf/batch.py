@@ -161,18 +161,16 @@ class Batch:
         """Compute one token for every row; answers that are complete, or failed, are gone.
 
         Out of memory, the longest row ends with that error and the others make the step again.
-
-        Raises:
-            Exception: the network failed on the step as a whole; the rows are as before.
+        Any other failure is everybody's.
         """
         ended: list[tuple[Job, Result]] = []
         while self._rows:
             try:
                 scores = self._step()
                 break
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001 - the jobs' own, and told to them
                 if not failures.is_out_of_memory(exc):
-                    raise
+                    return ended + [(job, exc) for job in self.clear()]
                 longest = max(self._rows, key=lambda row: row.length)
                 ended.append((longest.job, _ended_by(exc)))
                 self._remove([longest])

@@ -231,7 +231,7 @@ class HfEngine:
         from workers.hf.adapter_files import fetch
 
         model, runner = self._running()
-        folder = await self._in_thread(lambda: fetch(path))
+        folder = await asyncio.to_thread(fetch, path)
         await asyncio.wrap_future(runner.between(lambda: model.adapters.load(name, folder)))
 
     async def unload_adapter(self, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +40,7 @@ class Job:
     adapter: str | None
     ids: list[int]  # of the answer so far, resumed ones included
     cancelled: threading.Event = field(default_factory=threading.Event)
+    context: Context = field(default_factory=copy_context)  # with the request id, for the log
 
     @property
     def plain(self) -> bool:
@@ -100,8 +102,7 @@ def prepare(
         grammar = model.grammars.compile(request)
         cancel.check()
         pixels = [image.pixels for image in images]
-        with model.encoding:
-            inputs = model.encode(prompt.text, prompt.add_special_tokens, pixels)
+        inputs = model.encode(prompt.text, prompt.add_special_tokens, pixels)
         cancel.check()
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +20,8 @@ Inputs = dict[str, torch.Tensor]
 """Tensors on the CPU with a batch dimension of 1; ``input_ids`` [1, tokens] is always there."""
 
 Encode = Callable[[str, bool, Sequence[Image.Image]], Inputs]
-"""Text, whether to add special tokens, and upright RGB pictures, to what the network takes."""
+"""Text, whether to add special tokens, and upright RGB pictures, to what the network takes; called
+from several threads. Tokenizers allow that as long as padding and truncation are never set."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,6 @@ class HfModel:
     adapters: Adapters
     default_adapter: str | None  # of requests that name none
     grammars: Grammars
-    # Tokenizers raise "Already borrowed" when one thread sets padding while another encodes.
-    encoding: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

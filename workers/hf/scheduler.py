@@ -84,46 +84,48 @@ class Scheduler:
     def _run(self) -> None:
         with torch.inference_mode():
             while self._next():
-                out: list[tuple[Job, Item]] = []
                 try:
-                    self._turn(out)
+                    self._turn()
                 except Exception as exc:
-                    # One turn is many requests' own; none of them must hang, and the next may work.
-                    log.exception("a decode step failed")
-                    out += [(job, failures.as_typed(exc)) for job in self._batch.clear()]
-                if out:
-                    self._deliver(out)
-        while self._between:
-            self._between.popleft()()
+                    # Of many requests; none of them must hang, and the next turn may be well.
+                    log.exception("a turn failed")
+                    self._deliver([(job, failures.as_typed(exc)) for job in self._batch.clear()])
+        self._run_between()
         gone = EngineFailed("The worker stopped before the answer was complete.")
         self._deliver([(job, gone) for job in (*self._batch.clear(), *self._waiting)])
 
     def _next(self) -> bool:
         """Wait for something to do; false at the end."""
-        with self._changed:
-            while not self._closing:
-                while self._between:
-                    self._between.popleft()()
+        while True:
+            self._run_between()
+            with self._changed:
+                if self._closing:
+                    return False
                 if self._waiting or len(self._batch) or self._batch.filling:
                     return True
-                self._changed.wait()
-        return False
+                if not self._between:
+                    self._changed.wait()
 
-    def _turn(self, out: list[tuple[Job, Item]]) -> None:
+    def _run_between(self) -> None:
+        while self._between:
+            self._between.popleft()()  # not under the lock: it takes long, and others submit
+
+    def _turn(self) -> None:
         """Drop who left, compute some of the prompts that wait and one step of the answers."""
-        for job in [job for job in self._batch.jobs if job.cancelled.is_set()]:
+        left = [job for job in self._batch.jobs if job.cancelled.is_set()]
+        for job in left:
             self._batch.drop(job)
-            out.append((job, None))
         with self._changed:
-            gone = [job for job in self._waiting if job.cancelled.is_set()]
-            for job in gone:
+            waiting = [job for job in self._waiting if job.cancelled.is_set()]
+            for job in waiting:
                 self._waiting.remove(job)
-        out += [(job, None) for job in gone]
-        self._prefill(out)
-        for job, result in self._batch.step():
-            self._tell(out, job, result)
+        if left or waiting:
+            self._deliver([(job, None) for job in (*left, *waiting)])
+        self._prefill()
+        if results := self._batch.step():
+            self._deliver([item for result in results for item in _items(*result)])
 
-    def _prefill(self, out: list[tuple[Job, Item]]) -> None:
+    def _prefill(self) -> None:
         left = self._prefill_tokens
         while left > 0:
             if not self._batch.filling and not self._begin():
@@ -133,11 +135,11 @@ class Scheduler:
             try:
                 tokens, result = self._batch.fill()
             except cancel.Cancelled:
-                out.append((job, None))
+                self._deliver([(job, None)])
                 continue
             left -= max(tokens, 1)
             if result is not None:
-                self._tell(out, job, result)
+                self._deliver(_items(job, result))
 
     def _begin(self) -> bool:
         """Take the next job that waits, if there is one and room for it."""
@@ -148,13 +150,13 @@ class Scheduler:
         self._batch.begin(job)
         return True
 
-    def _tell(self, out: list[tuple[Job, Item]], job: Job, result: Result) -> None:
-        if isinstance(result, Delta):
-            out.append((job, result))
-            if job.answer.reason is not None:
-                out.append((job, job.finished()))
-        elif isinstance(result, TandemError):
-            out.append((job, result))
-        else:
-            log.error("generation failed", exc_info=result)
-            out.append((job, failures.as_typed(result)))
+
+def _items(job: Job, result: Result) -> list[tuple[Job, Item]]:
+    """What ``job`` is told of its ``result``."""
+    if isinstance(result, Delta):
+        ended: list[tuple[Job, Item]] = [] if job.answer.reason is None else [(job, job.finished())]
+        return [(job, result), *ended]
+    if isinstance(result, TandemError):
+        return [(job, result)]
+    job.context.run(log.error, "generation failed", exc_info=result)
+    return [(job, failures.as_typed(result))]

@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -32,8 +31,7 @@ class Threads:
         self._gate = _Gate()
 
     def submit(self, job: Job) -> None:
-        # The context carries the request id into the log entries of the thread.
-        self._pool.submit(copy_context().run, self._work, job)
+        self._pool.submit(job.context.run, self._work, job)
 
     def wake(self) -> None:
         """Nothing: the network itself asks whether its job was cancelled."""
