@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn, TypeVar
@@ -213,6 +215,14 @@ def run(main: Callable[[StopSignal], Awaitable[int]]) -> NoReturn:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         code = runner.run(supervised())
+        others = [
+            t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()
+        ]
+        if others:
+            # One that loads a model or downloads it would hold the process until it is done.
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
     raise SystemExit(code)
 
 

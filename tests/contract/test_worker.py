@@ -255,6 +255,21 @@ def test_leaving_before_the_first_token_frees_the_slot(worker: Worker) -> None:
         wait_idle(worker)
 
 
+def test_leaving_while_a_picture_is_decoded_frees_the_slot(worker: Worker) -> None:
+    """A picture that takes longer to decode than its client stays."""
+    noise = Image.effect_noise((500, 500), 60).convert("RGB")
+    slow = encoded(noise.resize((6000, 6000)), "JPEG")
+    for wait_s in (0.01, 0.05, 0.15):
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(
+                worker.address + PATH,
+                json=GREEDY | {"prompt": "<image>", "images": [slow], "max_new_tokens": 2000},
+                timeout=httpx.Timeout(10, read=wait_s),
+            )
+        wait_idle(worker)
+    assert count(worker).finished.reason == "stop"
+
+
 # ---------------------------------------------------------------- L6: draining
 
 

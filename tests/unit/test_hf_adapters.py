@@ -27,7 +27,8 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from workers.hf import quantization  # noqa: E402
-from workers.hf.adapters import Adapters, base_of, merge  # noqa: E402
+from workers.hf.adapter_files import base_of  # noqa: E402
+from workers.hf.adapters import Adapters, merge  # noqa: E402
 from workers.hf.changes import LowRank  # noqa: E402
 from workers.hf.layer_names import LayerNames  # noqa: E402
 

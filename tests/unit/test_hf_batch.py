@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,10 @@ from protocol.events import Delta, Finished
 from protocol.messages import GenerateRequest
 from tests.hf import asked, job_of, running
 from tests.pictures import encoded, picture
+from workers.hf import sampling
 from workers.hf.batch import Batch
 from workers.hf.job import Job
+from workers.hf.kv import KvRows
 from workers.hf.loading import load
 from workers.hf.model import HfModel
 from workers.hf.scheduler import Deliver, Scheduler
@@ -130,7 +133,16 @@ def test_pieces_of_a_prompt_change_nothing(model: HfModel) -> None:
             assert job.ids == ids, chunk_tokens
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 0.9, "seed": 5, "top_p": 0.95},
+        {"repetition_penalty": 1.4, "stop": ("e ", "ou")},
+        {"regex": "[A-Z][a-z ]{8,30}[.]"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resuming_gives_the_same_tokens(dtype: Any, fields: dict[str, Any]) -> None:
     """In bfloat16, too, where a prompt's pass rounds otherwise than the steps did."""
@@ -140,7 +152,8 @@ def test_resuming_gives_the_same_tokens(dtype: Any, fields: dict[str, Any]) -> N
             whole = job_of(model, asked(text, *images, **fields))
             runner.submit(whole)
             said = answers.text(whole)
-            for cut in sorted({1, 2, len(whole.ids) // 2, len(whole.ids) - 1}):
+            cuts = {1, 2, len(whole.ids) // 2, len(whole.ids) - 1}
+            for cut in sorted(cuts & set(range(1, len(whole.ids)))):
                 resume = tuple(whole.ids[:cut])
                 rest = job_of(model, asked(text, *images, **fields, resume_token_ids=resume))
                 runner.submit(rest)
@@ -233,6 +246,75 @@ def test_a_closed_scheduler_leaves_nobody_waiting(model: HfModel) -> None:
         runner.close()
         for job in jobs:
             assert isinstance(answers.failure(job), EngineFailed)
+
+
+def test_a_draw_that_fails_is_that_jobs_own(
+    model: HfModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As out of memory would in the draws of a large vocabulary."""
+    greedy, sampled = asked("Count from 1 to 12."), asked("Hello", temperature=1.0, seed=1)
+    ids, _ = alone(model, greedy)
+
+    def fail(*_: Any) -> Any:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(sampling, "_draw", fail)
+    with batched(model) as (runner, answers):
+        jobs = [job_of(model, request) for request in (greedy, sampled, greedy)]
+        for job in jobs:
+            runner.submit(job)
+        assert isinstance(answers.failure(jobs[1]), OutOfMemory)
+        for job in (jobs[0], jobs[2]):
+            answers.text(job)
+            assert job.ids == ids
+
+
+def test_a_turn_that_fails_leaves_nobody_waiting(
+    model: HfModel, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even what clears up after a failed prompt may fail, as on a dead accelerator."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    fault.how = fail
+    with batched(model) as (runner, answers):
+        monkeypatch.setattr(KvRows, "clear", fail)
+        fault.when = lambda shape: True
+        jobs = [job_of(model, asked("Count from 1 to 12.")) for _ in range(3)]
+        for job in jobs:
+            runner.submit(job)
+        for job in jobs:
+            assert isinstance(answers.failure(job), EngineFailed)
+
+
+def test_what_nobody_waits_for_any_more_ends_nothing(model: HfModel) -> None:
+    """An adapter that was being loaded when its request was cancelled."""
+    ids, _ = alone(model, asked("Count from 1 to 12."))
+    with batched(model) as (runner, answers):
+        job = job_of(model, asked("Count from 1 to 12."))
+        runner.submit(job)
+        done = threading.Event()
+        given_up = runner.between(done.clear)
+        given_up.cancel()
+        runner.between(done.set).result(20)
+        assert done.is_set()
+        answers.text(job)
+        assert job.ids == ids
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_who_comes_after_the_end_is_told(model: HfModel, threads: bool) -> None:
+    with running(lambda deliver: Threads(1, deliver=deliver)) if threads else batched(model) as (
+        runner,
+        answers,
+    ):
+        runner.close()
+        job = job_of(model, asked("Hello"))
+        runner.submit(job)
+        assert isinstance(answers.failure(job), EngineFailed)
+        with pytest.raises(EngineFailed):
+            runner.between(lambda: None)
 
 
 def tensors() -> int:

@@ -33,7 +33,7 @@ SLIDING = {"gemma2"}
 def test_answers_in_a_batch_are_those_alone(name: str, tmp_path: Path) -> None:
     path = make(name, tmp_path)
     model = load(HfSettings(model_path=path, dtype="float32", device="cpu"), lambda _: None)
-    warm = warm_up(model)
+    warm = warm_up(model, batching=True)
     assert (warm.unbatched is None) == (name not in SLIDING), warm.unbatched
     sees = model.image_token is not None
     assert sees == ("vl" in name or "llava" in name)

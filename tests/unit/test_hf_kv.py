@@ -86,6 +86,19 @@ def test_rows_that_were_never_made_can_be_cleared() -> None:
     assert row(kv, 0, 2).tolist() == [0, 0]
 
 
+def test_what_is_no_longer_needed_is_given_back() -> None:
+    kv = filled(2, 5, 900, 3, 3)
+    large = kv.size_bytes
+    kv.settle(4, 900)
+    assert kv.size_bytes == large, "half of it is not worth a copy"
+    kv.settle(2, 5)
+    assert kv.size_bytes < large / 8
+    assert row(kv, 0, 2).tolist() == [1, 1]
+    assert row(kv, 1, 5).tolist() == [2] * 5
+    kv.settle(0, 0)
+    assert kv.size_bytes == 0
+
+
 def test_released_memory_is_gone() -> None:
     kv = filled(3, 3)
     assert kv.size_bytes > 0

@@ -153,6 +153,15 @@ def test_rows_do_not_know_of_each_other() -> None:
     assert together == alone
 
 
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1}], ids=str)
+def test_what_is_not_a_number_is_said_of_sampled_rows_too(how: dict[str, Any]) -> None:
+    scores = torch.tensor([[1.0, 2.0], [float("nan"), float("nan")]])
+    draws = [sampling.Draw(SamplingParams(temperature=0)), sampling.Draw(SamplingParams(**how))]
+    tokens, sound = sampling.choose(scores, draws, [0, 0])
+    assert sound == [True, False]
+    assert tokens[0] == 1
+
+
 def test_what_is_not_a_number_is_said_of_its_row_only() -> None:
     scores = torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [2.0, 1.0]])
     tokens, sound = sampling.choose(

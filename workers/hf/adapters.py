@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,9 @@ import torch
 from torch import Tensor
 
 from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest
-from workers.hf.adapter_files import base_of, fetch, read
+from workers.hf.adapter_files import read
 from workers.hf.changes import Change
 from workers.hf.failures import is_out_of_memory
-
-__all__ = ["Adapters", "base_of", "fetch", "merge"]
 
 
 class _Batch:
@@ -79,7 +77,7 @@ class _Layer:
 class Adapters:
     """The adapters loaded over ``network``, a transformers model.
 
-    ``load`` and ``unload`` may not run while something computes; ``rows`` is for every thread.
+    ``attach`` and ``unload`` may not run while something computes; the rest is for every thread.
     """
 
     def __init__(self, network: Any) -> None:
@@ -100,13 +98,16 @@ class Adapters:
             InvalidRequest: there is one of this name.
             EngineFailed: it cannot be read or held, or does not fit; nothing has changed then.
         """
-        if name in self._names:
-            raise InvalidRequest(
-                f"An adapter {name!r} is loaded already.",
-                remedy="Unload it first, or choose another name.",
-            )
+        self.attach(name, self.read(path))
+
+    def read(self, path: str) -> dict[str, Change]:
+        """What the adapter at ``path`` changes, by layer, where it will compute; blocking.
+
+        Raises:
+            EngineFailed: it cannot be read or held, or does not fit.
+        """
         try:
-            changes = {
+            return {
                 layer: self._placed(layer, change)
                 for layer, change in read(self._network, path).items()
             }
@@ -117,6 +118,18 @@ class Adapters:
                 f"There is not enough memory for the adapter {path}.",
                 remedy="Unload another one, or give the worker more memory or fewer slots.",
             ) from exc
+
+    def attach(self, name: str, changes: Mapping[str, Change]) -> None:
+        """Make what was ``read`` available as ``name``.
+
+        Raises:
+            InvalidRequest: there is one of this name.
+        """
+        if name in self._names:
+            raise InvalidRequest(
+                f"An adapter {name!r} is loaded already.",
+                remedy="Unload it first, or choose another name.",
+            )
         for layer, change in changes.items():
             if layer not in self._layers:
                 module = self._network.get_submodule(layer)

@@ -6,8 +6,6 @@ the others by one piece only, and so that its numbers are those it would have wi
 
 from __future__ import annotations
 
-import gc
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +18,7 @@ from workers.hf import cancel, failures
 from workers.hf.job import Job, advance, lengthened, on_device
 from workers.hf.kv import KvRows
 from workers.hf.model import HfModel, Inputs
-
-log = logging.getLogger(__name__)
+from workers.hf.quantization import release
 
 Result = Delta | Exception
 """What a step gave an answer: its next token, or the error that ended it."""
@@ -117,7 +114,7 @@ class Batch:
             return 0, _ended_by(exc)
         if row.length < row.tokens:
             return tokens, None
-        row.inputs = {}
+        row.inputs = row.job.inputs = {}  # pixels are large, and answers long
         self._filling = None
         self._rows.append(row)
         results = self._advance([row], scores)
@@ -268,15 +265,8 @@ class Batch:
         self._settle()
 
     def _settle(self) -> None:
-        if not self._rows and self._filling is None:
-            self._kv.release()
-
-
-def free_memory() -> None:
-    """Give what nobody holds back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        rows = [*self._rows, *([] if self._filling is None else [self._filling])]
+        self._kv.settle(len(rows), max((row.length + 1 for row in rows), default=0))
 
 
 def _ended_by(exc: Exception) -> Exception:
@@ -284,5 +274,5 @@ def _ended_by(exc: Exception) -> Exception:
     if not failures.is_out_of_memory(exc):
         return exc
     error = failures.as_typed(exc)
-    free_memory()
+    release()
     return error

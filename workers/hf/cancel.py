@@ -1,7 +1,7 @@
 """Cancelling a computation from outside its thread, within one operation of the network.
 
-A stopping criterion alone is asked once a token, which is once in a whole prefill: seconds. So
-the network's modules ask, too.
+Between two tokens a computation asks by itself; a prompt is seconds without one. So the network's
+modules ask, too.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class HfEngine:
         self._leaving: set[str] = set()  # adapters that finish what runs
         self._quiet = asyncio.Condition()  # notified when a stream has ended
         self._dead = asyncio.Event()
+        self._closed = False
 
     async def start(self, progress: Progress) -> EngineInfo:
         """Load the model and generate once.
@@ -63,6 +64,8 @@ class HfEngine:
         loop = asyncio.get_running_loop()
 
         def report(words: str) -> None:
+            if self._closed:
+                raise EngineFailed("The worker was stopped while it loaded.")
             loop.call_soon_threadsafe(progress, words)
 
         def deliver(items: Sequence[tuple[Job, Item]]) -> None:
@@ -85,10 +88,10 @@ class HfEngine:
 
         model = loading.load(self._settings, progress)
         progress("warming up")
-        warm = warm_up(model)
+        warm = warm_up(model, batching=self._settings.batching == "auto")
         quantization.release()
-        batched = self._settings.batching == "auto" and warm.unbatched is None
-        if self._settings.batching == "auto" and warm.unbatched is not None:
+        batched = warm.unbatched is None
+        if not batched:
             log.warning("requests decode in threads of their own: %s", warm.unbatched)
         capacity = self._settings.limit_model_concurrency or (
             BATCHED_CAPACITY if batched else THREADS_CAPACITY
@@ -96,10 +99,10 @@ class HfEngine:
         if batched:
             batch = Batch(
                 model,
-                chunk_tokens=warm.chunk_tokens,
+                chunk_tokens=machine.chunk_tokens(model.device),
                 limit_bytes=machine.spare_bytes(model.device),
             )
-            self._runner = Scheduler(batch, prefill_tokens=warm.chunk_tokens, deliver=deliver)
+            self._runner = Scheduler(batch, prefill_tokens=warm.prefill_tokens, deliver=deliver)
         else:
             self._runner = Threads(capacity, deliver=deliver)
         self._model = model
@@ -222,17 +225,15 @@ class HfEngine:
         return tuple(name for name in self._model.adapter_names if name not in self._leaving)
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Load a LoRA adapter between two decode steps.
+        """Read a LoRA adapter, and attach it between two decode steps.
 
         Raises:
             InvalidRequest: the name is taken.
             EngineFailed: it cannot be loaded; nothing has changed.
         """
-        from workers.hf.adapter_files import fetch
-
         model, runner = self._running()
-        folder = await asyncio.to_thread(fetch, path)
-        await asyncio.wrap_future(runner.between(lambda: model.adapters.load(name, folder)))
+        changes = await asyncio.to_thread(model.adapters.read, path)
+        await asyncio.wrap_future(runner.between(lambda: model.adapters.attach(name, changes)))
 
     async def unload_adapter(self, name: str) -> None:
         """Let the answers that use it end, then free it.
@@ -271,15 +272,17 @@ class HfEngine:
 
     async def aclose(self) -> None:
         """Cancel what runs, wait for it and free the model."""
+        self._closed = True
         for job in self._streams:
             job.cancelled.set()
-        if self._runner is not None:
-            runner, self._runner = self._runner, None
+        runner, self._runner = self._runner, None
+        if runner is not None:
             runner.close()
-            await self._in_thread(lambda: runner.join(STOP_S))
+            await asyncio.to_thread(runner.join, STOP_S)
+            del runner
         if self._model is not None:
-            from workers.hf.batch import free_memory
+            from workers.hf.quantization import release
 
             self._model = None
-            await asyncio.wait([self._in_thread(free_memory)], timeout=STOP_S)
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(release)
+        self._encoders.shutdown(wait=False)

@@ -9,7 +9,7 @@ import torch
 from protocol.errors import EngineFailed, OutOfMemory, TandemError
 
 # What the allocators of CUDA, of the CPU and of mps say; the type alone does not tell.
-_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory")
+_MEMORY_WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -29,7 +29,7 @@ def as_typed(exc: Exception) -> TandemError:
     """The error of one generation that raised ``exc``, which becomes its cause."""
     error: TandemError
     if is_out_of_memory(exc):
-        error = OutOfMemory("The model ran out of memory on this request.")
+        error = OutOfMemory("The worker ran out of memory while it computed this request.")
     else:
         error = EngineFailed(f"The model failed with {type(exc).__name__}.")
     # Frames hold the tensors of the failed pass for as long as the error lives.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from contextvars import Context, copy_context
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from protocol.errors import ContextOverflow, EngineFailed, InvalidRequest
+from protocol.errors import ContextOverflow, EngineFailed, InvalidRequest, TandemError
 from protocol.events import Delta, Finished, TokenLogprob
 from protocol.messages import GenerateRequest
 from workers.answer import Answer
@@ -22,8 +21,6 @@ from workers.hf.sampling import Draw, choose
 from workers.images import Picture
 from workers.prompts import check_resumable, render
 from workers.text import TextStream
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +139,26 @@ def advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception
 
     What is wrong with one job is its own result and changes nothing for the others.
     """
+    try:
+        return _advance(jobs, scores)
+    except Exception as exc:  # noqa: BLE001 - of which job is found out one by one
+        if len(jobs) == 1:
+            return [exc]
+        return [_advance_one(job, scores[row : row + 1]) for row, job in enumerate(jobs)]
+
+
+def _advance_one(job: Job, scores: torch.Tensor) -> Delta | Exception:
+    try:
+        return _advance([job], scores)[0]
+    except Exception as exc:  # noqa: BLE001 - the job's own, and told to it
+        return exc
+
+
+def _advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception]:
+    """Choose for all before anything is changed by it, so that it can be tried again."""
+    image_token_id = jobs[0].model.image_token_id
+    if image_token_id is not None and image_token_id < scores.shape[-1]:
+        scores[:, image_token_id] = float("-inf")  # no answer holds a picture's placeholder
     results: dict[int, Exception] = {}
     shaped = scores
     if not all(job.plain for job in jobs):
@@ -149,26 +166,26 @@ def advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception
         for row, job in enumerate(jobs):
             try:
                 job.shape(shaped[row])
-            except Exception as exc:  # noqa: BLE001 - the job's own; the batch goes on
-                results[row] = exc
+            except TandemError as error:  # of its own grammar; the batch goes on
+                results[row] = error
     tokens, sound = choose(shaped, [job.draw for job in jobs], [job.position for job in jobs])
-    out: list[Delta | Exception] = []
-    for row, job in enumerate(jobs):
-        if row in results:
-            out.append(results[row])
-        elif not sound[row]:
-            out.append(
-                EngineFailed(
-                    "The model's output is not a number.",
-                    remedy="Give the worker --dtype bfloat16 or float32.",
-                )
+    for row, is_number in enumerate(sound):
+        if row not in results and not is_number:
+            results[row] = EngineFailed(
+                "The model's output is not a number.",
+                remedy="Give the worker --dtype bfloat16 or float32.",
             )
-        else:
-            try:
-                out.append(job.push(tokens[row], scores[row]))
-            except Exception as exc:  # noqa: BLE001 - likewise
-                out.append(exc)
-    return out
+    return [
+        results[row] if row in results else _pushed(job, tokens[row], scores[row])
+        for row, job in enumerate(jobs)
+    ]
+
+
+def _pushed(job: Job, token_id: int, scores: torch.Tensor) -> Delta | Exception:
+    try:
+        return job.push(token_id, scores)
+    except Exception as exc:  # noqa: BLE001 - the job's own, and told to it
+        return exc
 
 
 def on_device(inputs: Inputs, network: object) -> Inputs:

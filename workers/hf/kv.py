@@ -18,6 +18,9 @@ from transformers import Cache
 _COLUMNS_STEP = 128
 """Tokens by which rows get longer; the number of rows doubles."""
 
+_SETTLE_AT = 4
+"""How many times larger than needed the buffer may be."""
+
 
 class KvRows:
     """Per layer two tensors ``[rows, heads, columns, head_dim]``, made when first written."""
@@ -32,9 +35,9 @@ class KvRows:
         return sum(layer.size_bytes for layer in self._layers)
 
     def bytes_of(self, rows: int, columns: int) -> int:
-        """What the buffer takes for so many; 0 before anything has been written."""
+        """What the buffer takes once it is ensured for so many; 0 before anything is written."""
         area = self._rows * self._columns
-        wanted = _row_count(rows) * _column_count(columns)
+        wanted = max(self._rows, _row_count(rows)) * max(self._columns, _column_count(columns))
         return self.size_bytes * wanted // area if area else 0
 
     def ensure(self, rows: int, columns: int) -> None:
@@ -48,8 +51,19 @@ class KvRows:
         if (rows, columns) == (self._rows, self._columns):
             return
         for layer in self._layers:
-            layer.grow(rows, columns)
+            layer.resize(rows, columns)
         self._rows, self._columns = rows, columns
+
+    def settle(self, rows: int, columns: int) -> None:
+        """Give back what the first ``rows`` of at most ``columns`` tokens need no longer, if it is
+        most of it."""
+        kept = _row_count(rows), _column_count(columns)
+        if not rows:
+            self.release()
+        elif kept[0] * kept[1] * _SETTLE_AT <= self._rows * self._columns:
+            for layer in self._layers:
+                layer.resize(*kept)
+            self._rows, self._columns = kept
 
     def one(self, row: int, length: int, tokens: int) -> Cache:
         """The cache of a pass over ``tokens`` more tokens of ``row``, which has ``length``."""
@@ -101,7 +115,8 @@ class _Layer:
     def size_bytes(self) -> int:
         return int(self.keys.nbytes + self.values.nbytes)
 
-    def grow(self, rows: int, columns: int) -> None:
+    def resize(self, rows: int, columns: int) -> None:
+        """To this size; negative padding cuts off, and what is cut off is not held any more."""
         old_rows, _, old_columns, _ = self.keys.shape
         if (old_rows, old_columns) == (rows, columns):  # grown by a call that failed later
             return

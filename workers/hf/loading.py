@@ -5,6 +5,7 @@ Everything is read from the checkpoint's own files; no model's name is known her
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import cached_file
 
 from protocol.errors import BadImage, EngineFailed
+from protocol.messages import BASE
 from workers.answer import eos_ids
 from workers.hf import adapters, attention, cancel, llava, machine, quantization, templates
 from workers.hf.adapter_files import CONFIG, base_of, fetch
@@ -105,7 +107,14 @@ class _Loader:
         if settings.use_flash_attn:
             self._progress(f"attention by {self._attention}")
         self._progress("reading the configuration")
-        loaded = self._original(adapter) or self._transformers(base or settings.model_path)
+        loaded = self._original(adapter)
+        if loaded is None:
+            if settings.model_base and not adapter:
+                raise EngineFailed(
+                    f"{settings.model_path} is a whole model, but --model-base is given.",
+                    remedy="Leave --model-base out, or give --model-path the adapter.",
+                )
+            loaded = self._transformers(base or settings.model_path)
         network = loaded.network
         if self._bits:
             quantization.check(network, self._bits)
@@ -122,6 +131,11 @@ class _Loader:
                 self._progress("keeping the adapter beside the weights, which are quantized")
             name = self._settings.model_path.rstrip("/").rsplit("/", 1)[-1]
             default = re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64]
+            if default == BASE or default in settings.adapters:
+                raise EngineFailed(
+                    f"The adapter of --model-path would be called {default!r}, which is taken.",
+                    remedy="Rename its folder, or give the other --adapter another name.",
+                )
             switchable.load(default, adapter)
         for name, path in settings.adapters.items():
             self._progress(f"loading the adapter {name}")
@@ -224,7 +238,7 @@ class _Loader:
         return _Loaded(
             network=network,
             tokenizer=tokenizer,
-            encode=_encoder(processor, tokenizer),
+            encode=_encoder(processor, tokenizer, network),
             apply_template=template_of(processor, tokenizer),
             image_token=image_token,
             image_token_id=None if image_token is None else _token_id(tokenizer, image_token),
@@ -274,6 +288,7 @@ class _Loader:
         # A request means what it says: the checkpoint's own sampling defaults stay out of it.
         network.generation_config = GenerationConfig()
         apply_template, stops = self._template(loaded)
+        width = network.get_output_embeddings().weight.shape[0]
         return HfModel(
             network=network,
             tokenizer=tokenizer,
@@ -283,14 +298,14 @@ class _Loader:
             image_token_id=loaded.image_token_id,
             eos_ids=ends,
             stops=stops,
-            vocab_size=network.get_input_embeddings().num_embeddings,
+            vocab_size=min(network.get_input_embeddings().num_embeddings, width),
             context_length=_context_length(network.config, tokenizer),
             precision=quantization.precision(network),
             adapters=switchable,
             default_adapter=default,
             grammars=Grammars(
                 tokenizer,
-                logits_width=network.get_output_embeddings().weight.shape[0],
+                logits_width=width,
                 eos_ids=ends,
                 never=() if loaded.image_token_id is None else (loaded.image_token_id,),
             ),
@@ -335,8 +350,11 @@ def _with_special_tokens(encode: Encode) -> Encode:
     return lambda text, _, pictures: encode(text, True, pictures)
 
 
-def _encoder(processor: Any, tokenizer: Any) -> Encode:
+def _encoder(processor: Any, tokenizer: Any, network: Any) -> Encode:
     """How a checkpoint in transformers' format reads text and pictures."""
+    unwanted = {"attention_mask"}  # all ones
+    if "token_type_ids" not in inspect.signature(network.forward).parameters:
+        unwanted.add("token_type_ids")  # some tokenizers add them unasked
 
     def encode(text: str, add_special_tokens: bool, pictures: Sequence[Image.Image]) -> Inputs:
         if not pictures:
@@ -354,8 +372,7 @@ def _encoder(processor: Any, tokenizer: Any) -> Encode:
                 f"The model's image processor refused an image: {one_line(exc)}",
                 remedy="Send an image of a more usual size and shape.",
             ) from exc
-        # Some tokenizers add what no network here takes, and the mask is all ones.
-        return {n: v for n, v in batch.items() if n not in ("attention_mask", "token_type_ids")}
+        return {name: value for name, value in batch.items() if name not in unwanted}
 
     return encode
 
@@ -415,14 +432,14 @@ def _load_failure(settings: HfSettings, exc: Exception) -> EngineFailed:
             remedy="Choose a smaller model, --load-4bit, or another --device.",
         )
     for missing in (path, settings.model_base):
-        if missing is not None and not Path(missing).is_dir():
+        if isinstance(exc, OSError) and missing is not None and not Path(missing).is_dir():
             return EngineFailed(
                 f"The model {missing} is no directory here and cannot be fetched: {one_line(exc)}.",
                 remedy="Give a directory, or the id of a model on the Hugging Face hub; "
                 "with HF_HUB_OFFLINE=1 it must be in the local cache.",
             )
     return EngineFailed(
-        f"The checkpoint in {path} cannot be loaded: {one_line(exc)}.",
+        f"The checkpoint {path} cannot be loaded: {one_line(exc)}.",
         remedy="Check that config, weights and tokenizer are complete and transformers' own; "
         "--log-level DEBUG shows the cause in full.",
     )

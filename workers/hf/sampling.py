@@ -60,6 +60,8 @@ def choose(
 
     A row is unsound when the network gave it something that is not a number.
     """
+    if scores.device.type == "mps":  # it knows no float64
+        scores = scores.cpu()
     best, tokens = scores.max(dim=-1)
     sampled = [row for row, draw in enumerate(draws) if not draw.greedy]
     if sampled:
@@ -83,7 +85,7 @@ def _draw(scores: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int])
         )
         keep &= before <= column([draw.top_p for draw in draws])
         keep &= share >= share[:, :1] * column([draw.min_p for draw in draws])
-        kept = int(keep.sum(dim=-1).max())
+        kept = max(1, int(keep.sum(dim=-1).max()))  # none, where nothing is a number
         candidates, ids, keep = candidates[:, :kept], ids[:, :kept], keep[:, :kept]
         candidates = candidates.masked_fill(~keep, float("-inf"))
     else:

@@ -37,6 +37,7 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         self._deliver = deliver
         self._changed = threading.Condition()
+        self._open: set[Job] = set()  # have not been told their end
         self._waiting: deque[Job] = deque()
         self._between: deque[Callable[[], None]] = deque()
         self._closing = False
@@ -46,8 +47,12 @@ class Scheduler:
     def submit(self, job: Job) -> None:
         """Take a job; its items are delivered from now on, ended by one that is no delta."""
         with self._changed:
-            self._waiting.append(job)
-            self._changed.notify()
+            if not self._closing:
+                self._open.add(job)
+                self._waiting.append(job)
+                self._changed.notify()
+                return
+        self._deliver([(job, stopped())])
 
     def wake(self) -> None:
         """A job was cancelled."""
@@ -55,17 +60,25 @@ class Scheduler:
             self._changed.notify()
 
     def between(self, work: Callable[[], None]) -> Future[None]:
-        """Run ``work`` while the network does not compute."""
+        """Run ``work`` while the network does not compute.
+
+        Raises:
+            EngineFailed: this is closed.
+        """
         future: Future[None] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 work()
                 future.set_result(None)
-            except BaseException as exc:  # noqa: BLE001 - its caller's
+            except Exception as exc:  # noqa: BLE001 - its caller's
                 future.set_exception(exc)
 
         with self._changed:
+            if self._closing:
+                raise stopped()
             self._between.append(run)
             self._changed.notify()
         return future
@@ -89,10 +102,12 @@ class Scheduler:
                 except Exception as exc:
                     # Of many requests; none of them must hang, and the next turn may be well.
                     log.exception("a turn failed")
-                    self._deliver([(job, failures.as_typed(exc)) for job in self._batch.clear()])
+                    self._batch.clear()
+                    begun = self._open.difference(self._waiting)
+                    self._tell([(job, failures.as_typed(exc)) for job in begun])
         self._run_between()
-        gone = EngineFailed("The worker stopped before the answer was complete.")
-        self._deliver([(job, gone) for job in (*self._batch.clear(), *self._waiting)])
+        self._batch.clear()
+        self._tell([(job, stopped()) for job in list(self._open)])
 
     def _next(self) -> bool:
         """Wait for something to do; false at the end."""
@@ -110,6 +125,10 @@ class Scheduler:
         while self._between:
             self._between.popleft()()  # not under the lock: it takes long, and others submit
 
+    def _tell(self, items: Sequence[tuple[Job, Item]]) -> None:
+        self._open.difference_update(job for job, item in items if not isinstance(item, Delta))
+        self._deliver(items)
+
     def _turn(self) -> None:
         """Drop who left, compute some of the prompts that wait and one step of the answers."""
         left = [job for job in self._batch.jobs if job.cancelled.is_set()]
@@ -120,10 +139,10 @@ class Scheduler:
             for job in waiting:
                 self._waiting.remove(job)
         if left or waiting:
-            self._deliver([(job, None) for job in (*left, *waiting)])
+            self._tell([(job, None) for job in (*left, *waiting)])
         self._prefill()
         if results := self._batch.step():
-            self._deliver([item for result in results for item in _items(*result)])
+            self._tell([item for result in results for item in _items(*result)])
 
     def _prefill(self) -> None:
         left = self._prefill_tokens
@@ -135,11 +154,11 @@ class Scheduler:
             try:
                 tokens, result = self._batch.fill()
             except cancel.Cancelled:
-                self._deliver([(job, None)])
+                self._tell([(job, None)])
                 continue
             left -= max(tokens, 1)
             if result is not None:
-                self._deliver(_items(job, result))
+                self._tell(_items(job, result))
 
     def _begin(self) -> bool:
         """Take the next job that waits, if there is one and room for it."""
@@ -149,6 +168,11 @@ class Scheduler:
             job = self._waiting.popleft()
         self._batch.begin(job)
         return True
+
+
+def stopped() -> EngineFailed:
+    """What is told to those who are here, or come, when the engine closes."""
+    return EngineFailed("The worker stopped before the answer was complete.")
 
 
 def _items(job: Job, result: Result) -> list[tuple[Job, Item]]:

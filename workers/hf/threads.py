@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from protocol.errors import EngineFailed, TandemError
 from workers.hf import cancel, failures
 from workers.hf.job import Job, advance, lengthened, on_device
-from workers.hf.scheduler import Deliver, Item
+from workers.hf.scheduler import Deliver, Item, stopped
 
 log = logging.getLogger(__name__)
 
@@ -31,23 +32,35 @@ class Threads:
         self._gate = _Gate()
 
     def submit(self, job: Job) -> None:
-        self._pool.submit(job.context.run, self._work, job)
+        try:
+            self._pool.submit(job.context.run, self._work, job)
+        except RuntimeError:  # closed
+            self._deliver([(job, stopped())])
 
     def wake(self) -> None:
-        """Nothing: the network itself asks whether its job was cancelled."""
+        """A job was cancelled; one that computes asks by itself."""
+        self._gate.wake()
 
     def between(self, work: Callable[[], None]) -> Future[None]:
-        """Run ``work`` when the answers that compute now are complete."""
-        return self._pool.submit(self._gate.alone, work)
+        """Run ``work`` when the answers that compute now are complete.
+
+        Raises:
+            EngineFailed: this is closed.
+        """
+        try:
+            return self._pool.submit(self._gate.alone, work)
+        except RuntimeError as exc:
+            raise stopped() from exc
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Take no more jobs; those that are here end when they are cancelled."""
+        self._pool.shutdown(wait=False)
 
     def join(self, timeout_s: float) -> None:
         """Nothing: the threads end with their jobs, which are cancelled."""
 
     def _work(self, job: Job) -> None:
-        with self._gate:
+        with self._gate.open_to(job.cancelled):
             item = self._generate(job)
         self._deliver([(job, item)])
 
@@ -103,8 +116,6 @@ def generate(job: Job, deliver: Deliver) -> None:
         return torch.tensor([job.answer.reason is not None], device=input_ids.device)
 
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "token_type_ids" not in model.parameters:
-        inputs.pop("token_type_ids", None)
     model.network.generate(
         **on_device(inputs, model.network),
         generation_config=GenerationConfig(
@@ -125,15 +136,22 @@ class _Gate:
         self._inside = 0
         self._alone = False
 
-    def __enter__(self) -> None:
+    def wake(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._alone)
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
             self._changed.notify_all()
+
+    @contextmanager
+    def open_to(self, cancelled: threading.Event) -> Iterator[None]:
+        """Be inside; one that is cancelled waits for nobody, as it does nothing there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone or cancelled.is_set())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
     def alone(self, work: Callable[[], None]) -> None:
         with self._changed:

@@ -23,15 +23,15 @@ from workers.answer import Answer
 from workers.hf import failures
 from workers.hf.batch import Batch, Result
 from workers.hf.job import Job, advance, lengthened, on_device, prepare
-from workers.hf.model import HfModel
+from workers.hf.model import HfModel, Inputs
 from workers.images import Picture
 from workers.text import TextStream
 
 _TOKENS = 3  # a job of the trial makes
 _CHUNK_TOKENS = 16  # small, so that prompts come in pieces
 _TIMED_TOKENS = 128
-_PIECE_S = 0.1
-"""A piece of a prompt holds up those who decode for about so long."""
+_PREFILL_S = 0.1
+"""Between two steps, for what is more than one piece of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class Warm:
     """What the first passes have shown."""
 
     image_tokens: int  # a picture takes, for estimates; 0 for a model that takes none
-    chunk_tokens: int  # in a piece of a prompt
-    unbatched: str | None  # why answers cannot share a batch; None: they can
+    prefill_tokens: int  # of prompts that hold up those who decode for ``_PREFILL_S``
+    unbatched: str | None  # why answers do not share a batch; None: they can
 
 
-def warm_up(model: HfModel) -> Warm:
+def warm_up(model: HfModel, *, batching: bool) -> Warm:
     """Compute two answers, one on a picture if the model sees; alone, before anything else runs.
 
     Some weights are repacked within the first pass, which is not safe in two threads.
@@ -53,10 +53,14 @@ def warm_up(model: HfModel) -> Warm:
     """
     try:
         seeing, plain = _job(model, sees=model.image_token is not None), _job(model, sees=False)
+        seen = seeing.inputs["input_ids"]
         with torch.inference_mode():
-            _reference(plain)
-            unbatched = _why_unbatched(model, [seeing, plain])
-            chunk_tokens = _chunk_tokens(model, plain)
+            _reference(seeing, seeing.inputs)
+            unbatched: str | None = "--batching is off"
+            prefill_tokens = 0
+            if batching:
+                prefill_tokens = _prefill_tokens(model, plain)
+                unbatched = _why_unbatched(model, [seeing, plain])
     except TandemError as exc:
         raise EngineFailed(f"The model loads but cannot answer: {exc.message}") from exc
     except Exception as exc:
@@ -68,8 +72,8 @@ def warm_up(model: HfModel) -> Warm:
         ) from exc
     image_tokens = 0
     if model.image_token_id is not None:
-        image_tokens = int((seeing.inputs["input_ids"] == model.image_token_id).sum())
-    return Warm(image_tokens, chunk_tokens, unbatched)
+        image_tokens = int((seen == model.image_token_id).sum())
+    return Warm(image_tokens, prefill_tokens, unbatched)
 
 
 def _job(model: HfModel, *, sees: bool) -> Job:
@@ -95,7 +99,7 @@ def _why_unbatched(model: HfModel, jobs: Sequence[Job]) -> str | None:
     except Exception as exc:  # noqa: BLE001 - any model may come here, and raise anything
         return f"it failed in a batch: {failures.one_line(exc)}"
     # Precision rounds; a wrong mask or position changes the scores as a whole.
-    if not difference < (0.01 if model.exact else 0.25):
+    if not difference < (0.001 if model.exact else 0.1):  # right ones: 1e-6, 0.015
         return f"its scores in a batch differ by {difference:.2g} from those alone"
     return None
 
@@ -103,10 +107,11 @@ def _why_unbatched(model: HfModel, jobs: Sequence[Job]) -> str | None:
 def _difference(model: HfModel, jobs: Sequence[Job]) -> float:
     """How far the scores of a batch are from those of the bare network, relative; the largest."""
     seen: dict[Job, list[torch.Tensor]] = {job: [] for job in jobs}
+    prompts = {job: job.inputs for job in jobs}  # a batch lets go of them
 
     def choose(jobs: Sequence[Job], scores: torch.Tensor) -> list[Result]:
         for job, row in zip(jobs, scores, strict=True):
-            seen[job].append(row)
+            seen[job].append(row.clone())
         return advance(jobs, scores)
 
     batch = Batch(model, chunk_tokens=_CHUNK_TOKENS, choose=choose)
@@ -121,28 +126,27 @@ def _difference(model: HfModel, jobs: Sequence[Job]) -> float:
         batch.step()
     worst = 0.0
     for job in jobs:
-        alone = _reference(job)
+        alone = _reference(job, prompts[job])
         together = torch.stack(seen[job])
-        worst = max(worst, float((together - alone).norm() / alone.norm()))
+        # What all tokens have in common chooses none of them.
+        spread = alone - alone.mean(dim=-1, keepdim=True)
+        worst = max(worst, float((together - alone).norm() / spread.norm()))
     return worst
 
 
-def _reference(job: Job) -> torch.Tensor:
+def _reference(job: Job, prompt: Inputs) -> torch.Tensor:
     """The scores [tokens, vocabulary] of what the job has answered, and of its next token, in
     one pass of the bare network."""
-    inputs = lengthened(job.inputs, job.ids[:-1])
+    inputs = lengthened(prompt, job.ids[:-1])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "token_type_ids" not in job.model.parameters:
-        inputs.pop("token_type_ids", None)
     network = job.model.network
     with job.model.adapters.rows([job.adapter]):
         logits = network(**on_device(inputs, network), use_cache=False).logits
     return logits[0, -max(len(job.ids), 1) :].float()
 
 
-def _chunk_tokens(model: HfModel, job: Job) -> int:
-    """The power of two that takes ``_PIECE_S`` at most, by the clock; fixed from here on, so that
-    a prompt is always cut at the same places."""
+def _prefill_tokens(model: HfModel, job: Job) -> int:
+    """How many tokens of prompts take ``_PREFILL_S``, by the clock."""
     ids = job.inputs["input_ids"]
     length = min(_TIMED_TOKENS, model.context_length)
     inputs = {"input_ids": ids.repeat(1, -(-length // ids.shape[1]))[:, :length]}
@@ -152,5 +156,4 @@ def _chunk_tokens(model: HfModel, job: Job) -> int:
         with model.adapters.rows([None]):
             float(model.network(**on_device(inputs, model.network)).logits[0, -1, 0])
         taken_s.append(time.perf_counter() - begun_s)
-    tokens = max(1, int(_TIMED_TOKENS * _PIECE_S / min(taken_s)))
-    return min(max(1 << (tokens.bit_length() - 1), 32), 2048)
+    return max(1, int(length * _PREFILL_S / min(taken_s)))
