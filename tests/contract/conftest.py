@@ -13,13 +13,13 @@ from tests.processes import ROOT, Process, running
 
 # float32: on the CPU both engines then compute the same numbers.
 ADAPTERS = ROOT / "models" / "adapters"
-HF = ("--dtype", "float32", "--device", "cpu")
+HF = (
+    *("--dtype", "float32", "--device", "cpu"),
+    *("--adapter", f"formal={ADAPTERS / 'formal'}", "--adapter", f"terse={ADAPTERS / 'terse'}"),
+)
 FLAGS = {
     "echo": ("--model-name", "pocket-llava", "--first-delay-s", "0.02", "--delay-s", "0.001"),
-    "hf": (
-        *HF,
-        *("--adapter", f"formal={ADAPTERS / 'formal'}", "--adapter", f"terse={ADAPTERS / 'terse'}"),
-    ),
+    "hf": HF,
     "hf in threads": (*HF, "--batching", "off"),
     "sglang": ("--dtype", "float32", "--device", "cpu"),
 }
