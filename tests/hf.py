@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +86,3 @@ def running(start: Callable[[Deliver], Runner]) -> Iterator[tuple[Runner, Answer
             job.cancelled.set()
         runner.close()
         runner.join(10)
-
-
-def done(future: Future[None]) -> None:
-    future.result(30)
