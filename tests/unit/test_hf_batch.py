@@ -305,9 +305,11 @@ def test_what_nobody_waits_for_any_more_ends_nothing(model: HfModel) -> None:
 
 @pytest.mark.parametrize("threads", [False, True])
 def test_who_comes_after_the_end_is_told(model: HfModel, threads: bool) -> None:
-    with running(lambda deliver: Threads(1, deliver=deliver)) if threads else batched(model) as (
-        runner,
-        answers,
+    with (
+        running(lambda deliver: Threads(1, deliver=deliver)) if threads else batched(model) as (
+            runner,
+            answers,
+        )
     ):
         runner.close()
         job = job_of(model, asked("Hello"))
