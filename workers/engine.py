@@ -77,8 +77,9 @@ class Engine(Protocol):
         """Let requests choose ``name``, the adapter at ``path``: a directory or a hub id.
 
         Raises:
-            InvalidRequest, Unsupported: the name is taken, or this engine takes none.
-            EngineFailed: it cannot be loaded; nothing has changed.
+            InvalidRequest: the name is taken, or what is at ``path`` does not fit.
+            Unsupported: this engine takes none.
+            EngineFailed: it cannot be held; nothing has changed in any of these cases.
         """
         ...
 

@@ -126,8 +126,8 @@ def test_an_adapter_leaves_when_its_answers_are_complete(worker: Worker, courteo
         ({"name": "base", "path": str(ADAPTERS / "terse")}, "invalid_request"),
         ({"name": "a/b", "path": str(ADAPTERS / "terse")}, "invalid_request"),
         ({"name": "new"}, "invalid_request"),
-        ({"name": "new", "path": "/nowhere/at/all"}, "engine_failed"),
-        ({"name": "new", "path": str(ADAPTERS)}, "engine_failed"),
+        ({"name": "new", "path": "/nowhere/at/all"}, "invalid_request"),
+        ({"name": "new", "path": str(ADAPTERS)}, "invalid_request"),
     ],
     ids=str,
 )

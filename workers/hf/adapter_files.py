@@ -87,6 +87,11 @@ def read(network: Any, path: str) -> dict[str, Change]:
             type that requests cannot choose one by one.
     """
     directory = Path(fetch(path))
+    if not (directory / CONFIG).is_file():
+        raise EngineFailed(
+            f"{path} holds no {CONFIG}, so it is no LoRA adapter.",
+            remedy=f"Give a directory with PEFT's {CONFIG} and {WEIGHTS[0]}.",
+        )
     try:
         config = read_json(directory / CONFIG)
         _check_type(path, config)

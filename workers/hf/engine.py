@@ -228,11 +228,18 @@ class HfEngine:
         """Read a LoRA adapter, and attach it between two decode steps.
 
         Raises:
-            InvalidRequest: the name is taken.
-            EngineFailed: it cannot be loaded; nothing has changed.
+            InvalidRequest: the name is taken, or what is at ``path`` is no adapter of this model.
+            EngineFailed: there is no memory for it.
         """
+        from workers.hf.failures import is_out_of_memory
+
         model, runner = self._running()
-        changes = await asyncio.to_thread(model.adapters.read, path)
+        try:
+            changes = await asyncio.to_thread(model.adapters.read, path)
+        except EngineFailed as error:
+            if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+                raise
+            raise InvalidRequest(error.message, remedy=error.remedy) from error
         await asyncio.wrap_future(runner.between(lambda: model.adapters.attach(name, changes)))
 
     async def unload_adapter(self, name: str) -> None:
