@@ -103,7 +103,8 @@ class Scheduler:
                     # Of many requests; none of them must hang, and the next turn may be well.
                     log.exception("a turn failed")
                     self._batch.clear()
-                    begun = self._open.difference(self._waiting)
+                    with self._changed:
+                        begun = self._open.difference(self._waiting)
                     self._tell([(job, failures.as_typed(exc)) for job in begun])
         self._run_between()
         self._batch.clear()
