@@ -88,7 +88,7 @@ class Batch:
         # In less than float32 a decode step rounds otherwise than a prompt's pass, so tokens that
         # were decoded elsewhere are decoded again.
         whole = job.model.exact
-        inputs = lengthened(job.inputs, job.ids) if whole else job.inputs
+        inputs = lengthened(job.inputs, job.ids if whole else ())
         row = _Row(job, inputs, inputs["input_ids"].shape[1])
         row.replay.extend(() if whole else job.ids)
         self._filling = row

@@ -142,14 +142,13 @@ class HfEngine:
             EngineFailed, OutOfMemory: it could not be served.
         """
         model, runner = self._running()
-        self._check_adapter(request.adapter)
         cancelled = threading.Event()
         try:
             job = await self._prepare(model, request, images, cancelled)
         except BaseException:
             cancelled.set()
             raise
-        self._check_adapter(request.adapter)  # it may have begun to leave meanwhile
+        self._check_adapter(request.adapter)  # it may have begun to leave since the shell asked
         items: asyncio.Queue[Item] = asyncio.Queue()
         self._streams[job] = items
         item: Item = Delta(text="")

@@ -144,14 +144,7 @@ def advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception
     except Exception as exc:  # noqa: BLE001 - of which job is found out one by one
         if len(jobs) == 1:
             return [exc]
-        return [_advance_one(job, scores[row : row + 1]) for row, job in enumerate(jobs)]
-
-
-def _advance_one(job: Job, scores: torch.Tensor) -> Delta | Exception:
-    try:
-        return _advance([job], scores)[0]
-    except Exception as exc:  # noqa: BLE001 - the job's own, and told to it
-        return exc
+        return [advance([job], scores[row : row + 1])[0] for row, job in enumerate(jobs)]
 
 
 def _advance(jobs: Sequence[Job], scores: torch.Tensor) -> list[Delta | Exception]:
@@ -198,7 +191,7 @@ def on_device(inputs: Inputs, network: object) -> Inputs:
 
 
 def lengthened(inputs: Inputs, ids: Sequence[int]) -> Inputs:
-    """``inputs`` with ``ids`` behind the prompt."""
+    """``inputs`` with ``ids`` behind the prompt, and a mask that hides nothing."""
     prompt = inputs["input_ids"]
     tail = torch.tensor([list(ids)], dtype=prompt.dtype)
     longer = {
@@ -208,4 +201,5 @@ def lengthened(inputs: Inputs, ids: Sequence[int]) -> Inputs:
         for name, value in inputs.items()
     }
     longer["input_ids"] = torch.cat([prompt, tail], dim=1)
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
     return longer

@@ -90,7 +90,7 @@ def generate(job: Job, deliver: Deliver) -> None:
         TandemError: it cannot go on.
     """
     whole = job.model.exact
-    inputs = lengthened(job.inputs, job.ids) if whole else job.inputs
+    inputs = lengthened(job.inputs, job.ids if whole else ())
     replay = [] if whole else list(job.ids)
     replayed = 0
     model = job.model
@@ -115,7 +115,6 @@ def generate(job: Job, deliver: Deliver) -> None:
     def ended(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.tensor([job.answer.reason is not None], device=input_ids.device)
 
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     model.network.generate(
         **on_device(inputs, model.network),
         generation_config=GenerationConfig(

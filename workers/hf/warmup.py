@@ -138,7 +138,6 @@ def _reference(job: Job, prompt: Inputs) -> torch.Tensor:
     """The scores [tokens, vocabulary] of what the job has answered, and of its next token, in
     one pass of the bare network."""
     inputs = lengthened(prompt, job.ids[:-1])
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     network = job.model.network
     with job.model.adapters.rows([job.adapter]):
         logits = network(**on_device(inputs, network), use_cache=False).logits
@@ -156,4 +155,6 @@ def _prefill_tokens(model: HfModel, job: Job) -> int:
         with model.adapters.rows([None]):
             float(model.network(**on_device(inputs, model.network)).logits[0, -1, 0])
         taken_s.append(time.perf_counter() - begun_s)
+        if taken_s[-1] > _PREFILL_S:  # a piece at a time then, however exact this is
+            break
     return max(1, int(length * _PREFILL_S / min(taken_s)))
