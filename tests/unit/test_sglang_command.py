@@ -79,7 +79,7 @@ def test_what_the_user_has_set_survives() -> None:
     assert got["HF_HUB_OFFLINE"] == "1"
     assert got["TORCHDYNAMO_DISABLE"] == "0"
     root, mine = got["PYTHONPATH"].split(":")
-    assert (Path(root) / "workers" / "sglang" / "launch.py").exists()
+    assert (Path(root) / "workers" / "sglang" / "server" / "launch.py").exists()
     assert mine == "/mine"
 
 

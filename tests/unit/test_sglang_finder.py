@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from workers.sglang.cpu import kernels
+from workers.sglang.server.cpu import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # Torch takes seconds to import; what the finder does with it is one call, recorded here.
 PRELUDE = """
 import sys
-from workers.sglang.cpu import finder, kernels
+from workers.sglang.server.cpu import finder, kernels
 kernels.define_torch_ops = lambda: "library"
 finder.install()
 finder.install()

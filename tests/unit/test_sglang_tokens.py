@@ -11,10 +11,10 @@ from protocol.errors import InvalidRequest
 from protocol.events import Delta
 from protocol.messages import GenerateRequest
 from workers.answer import Answer
-from workers.sglang.cache import CacheCount
 from workers.sglang.checkpoint import Checkpoint
 from workers.sglang.client import Chunk
 from workers.sglang.engine import _push
+from workers.sglang.figures import CacheCount
 from workers.text import TextStream
 
 EOS = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from workers.sglang.launch import PARENT_PID
+from workers.sglang.server.launch import PARENT_PID
 from workers.sglang.settings import SglangSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,8 +108,8 @@ def server_environment(
         # Else the server spends 65 s on core dumps before it dies.
         "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "workers.sglang.models",
-        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "workers.sglang.processors",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "workers.sglang.server.models",
+        "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE": "workers.sglang.server.processors",
         # The server calls itself.
         "NO_PROXY": ",".join(filter(None, [inherited.get("NO_PROXY"), "127.0.0.1,localhost"])),
     }

@@ -7,7 +7,6 @@ module imports neither torch, transformers nor SGLang.
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
 import time
@@ -34,10 +33,11 @@ from workers.answer import Answer, Reason
 from workers.engine import EngineInfo, Progress
 from workers.images import Picture
 from workers.sglang import command
-from workers.sglang.cache import CacheCount
 from workers.sglang.checkpoint import Checkpoint, load
 from workers.sglang.client import AnswerTooLong, Chunk, SglangClient
+from workers.sglang.figures import CacheCount
 from workers.sglang.process import ServerProcess, TemporaryDirectory
+from workers.sglang.request import body_of, check
 from workers.sglang.settings import SglangSettings
 from workers.text import TextStream
 
@@ -282,7 +282,7 @@ class SglangEngine:
         client, checkpoint = self._client, self._checkpoint
         if client is None or checkpoint is None:
             raise EngineFailed("The engine is not running.")
-        self._check(request)
+        check(request)
         ids = await asyncio.to_thread(checkpoint.encode, request)
         prompt_tokens = len(ids) - len(request.resume_token_ids)
         answer = Answer(
@@ -300,12 +300,9 @@ class SglangEngine:
                 f"The prompt has {len(ids)} tokens; this worker takes fewer than "
                 f"{self._input_limit}."
             )
-        body = {
-            "input_ids": ids,
-            "sampling_params": self._sampling(request, answer.tokens_left),
-        }
-        if images:
-            body["image_data"] = await asyncio.to_thread(_as_base64, images)
+        body = await asyncio.to_thread(
+            body_of, request, ids, images, max_new_tokens=answer.tokens_left, seeded=self._seeded
+        )
         async with aclosing(self._chunks(client, body)) as chunks:
             async for chunk in chunks:
                 delta = _push(answer, chunk)
@@ -321,26 +318,6 @@ class SglangEngine:
         if self._cache is not None:
             self._cache.count(chunk, answer.tokens - resumed)
         yield _finished(answer, answer.reason, prompt_tokens, cached_tokens=cached_tokens)
-
-    def _check(self, request: GenerateRequest) -> None:
-        if request.resume_token_ids and request.repetition_penalty != 1.0:
-            # It would not know the resumed tokens for its own, and so not punish them.
-            raise Unsupported("SGLang cannot resume an answer with a repetition_penalty.")
-
-    def _sampling(self, request: GenerateRequest, max_new_tokens: int) -> dict[str, Any]:
-        likeliest_only = request.top_p == 0
-        sampling: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": request.temperature,
-            "top_p": 1.0 if likeliest_only else request.top_p,
-            "top_k": 1 if likeliest_only else request.top_k or -1,
-            "min_p": request.min_p,
-            "repetition_penalty": request.repetition_penalty,
-            "stop": list(request.stop),
-        }
-        if self._seeded and request.seed is not None:
-            sampling["sampling_seed"] = request.seed
-        return sampling
 
     async def _chunks(self, client: SglangClient, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
         """The answer in chunks; sent once more without a limit if only the limit is too large."""
@@ -419,10 +396,6 @@ def _finished(
         completion_tokens=answer.tokens,
         cached_tokens=cached_tokens,
     )
-
-
-def _as_base64(images: Sequence[Picture]) -> list[str]:
-    return [base64.b64encode(image.png()).decode() for image in images]
 
 
 def _check_version() -> None:

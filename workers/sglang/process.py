@@ -66,7 +66,7 @@ class ServerProcess:
             sys.executable,
             "-P",  # never import from the working directory, where there may be a folder "sglang"
             "-m",
-            "workers.sglang.launch",
+            "workers.sglang.server.launch",
             *args,
             env=environment,
             stdin=asyncio.subprocess.DEVNULL,

@@ -6,7 +6,7 @@ from sglang.srt.multimodal.processors.base_processor import (
     MultimodalSpecialTokens,
 )
 
-from workers.sglang.models.llava_hf import LlavaForConditionalGeneration
+from workers.sglang.server.models.llava_hf import LlavaForConditionalGeneration
 
 
 class LlavaHfProcessor(BaseMultimodalProcessor):

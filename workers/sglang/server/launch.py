@@ -1,6 +1,6 @@
 """Entry of the server process: SGLang's own server, with SGLang's own flags.
 
-    python -P -m workers.sglang.launch --model-path X --port 30000 ...
+    python -P -m workers.sglang.server.launch --model-path X --port 30000 ...
 
 Started by ``workers.sglang.process``. SGLang's children are spawned and so import this module
 again, under the name ``__mp_main__``; what must happen first in each of them happens here:
@@ -58,7 +58,7 @@ if __name__ in ("__main__", "__mp_main__"):
         if parent is not None and parent.pid is not None:
             die_with_parent(parent.pid)
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        from workers.sglang.cpu import finder
+        from workers.sglang.server.cpu import finder
 
         finder.install()
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from workers.sglang.cpu import kernels
+from workers.sglang.server.cpu import kernels
 
 PACKAGE = "sgl_kernel"
 
