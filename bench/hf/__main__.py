@@ -4,8 +4,7 @@
     python -m bench.hf speed --rounds 9 --levels 1 4 8 16
     python -m bench.hf mixes --mixes 2000 --seed 1
     python -m bench.hf precision -n 50
-    python -m bench.hf random-7b DIR                         writes a checkpoint, see its --help
-    python -m bench.hf speed --device cuda --model-path DIR
+    python -m bench.hf speed --device cuda --model-path DIR  (python -m bench.random_weights DIR)
 
 It starts its own workers as real processes and speaks to them over HTTP as clients do.
 
@@ -30,18 +29,15 @@ request; 2 if a process did not start or died; 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from bench.hf import mixes, precision, random_weights, speed
-from bench.hf.processes import Harness, ProcessFailed
-from bench.hf.results import Keep, commit
+from bench.hf import mixes, precision, speed
+from bench.processes import Harness
+from bench.results import Keep
+from bench.session import session, worker_flags
 
 PARTS = ("speed", "mixes", "precision")
 ADAPTERS = {name: f"models/adapters/{name}" for name in ("formal", "terse")}
@@ -92,24 +88,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def write_checkpoint(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.hf random-7b",
-        description="Write a LLaVA-1.5 with random weights in bfloat16: 7 billion, or fewer.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--layers", type=int, default=32, help="of the language model (32)")
-    parser.add_argument("--hidden", type=int, default=4096, help="its width (4096)")
-    args = parser.parse_args(argv)
-    try:
-        weights = random_weights.write(args.folder, layers=args.layers, hidden=args.hidden)
-    except (ValueError, OSError) as exc:
-        parser.error(str(exc))
-    print(f"{args.folder}: {weights / 1e6:.1f} million weights")
-    return 0
-
-
 def measure(args: argparse.Namespace, harness: Harness, part: str, keep: Keep) -> None:
     """Take the figures of one part and keep them."""
     dtype = ("--dtype", args.dtype)
@@ -142,38 +120,14 @@ def measure(args: argparse.Namespace, harness: Harness, part: str, keep: Keep) -
 
 
 def main() -> int:
-    argv = sys.argv[1:]
-    if argv[:1] == ["random-7b"]:
-        return write_checkpoint(argv[1:])
-    args = parse(argv)
-    flags = ["--device", args.device]
-    if args.model_path:
-        path = Path(args.model_path)  # workers run in another folder
-        flags += ["--model-path", str(path.resolve()) if path.exists() else args.model_path]
-    lines: list[dict[str, Any]] = []
+    args = parse(sys.argv[1:])
 
-    def keep(line: dict[str, Any]) -> None:
-        lines.append(line)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("a") as file:
-                file.write(f"{json.dumps(line)}\n")
+    def work(harness: Harness, keep: Keep) -> None:
+        for part in args.parts:
+            measure(args, harness, part, keep)
 
-    code = 0
-    commit()  # what runs from here on, whatever is checked out meanwhile
-    with tempfile.TemporaryDirectory(prefix="bench-hf-") as folder:
-        harness = Harness(Path(folder), Console(width=130), tuple(flags))
-        try:
-            for part in args.parts:
-                measure(args, harness, part, keep)
-        except ProcessFailed as exc:
-            sys.stderr.write(f"error: {exc}\n")
-            code = 2
-        except KeyboardInterrupt:
-            sys.stderr.write("stopped; this is what was measured so far\n")
-            code = 130
-    for line in lines:
-        print(json.dumps(line))
+    flags = worker_flags(device=args.device, model_path=args.model_path)
+    lines, code = session(work, flags=flags, out=args.out)
     return code or int(not all(map(as_it_must_be, lines)))
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.hf.client import Answer, Asked, Client, body_of
-from bench.hf.pool import Case, cases
-from bench.hf.processes import Harness, Running, is_batched
-from bench.hf.results import Keep, record
+from bench.client import Answer, Asked, Client, body_of
+from bench.pool import Case, cases
+from bench.processes import Harness, Running, is_batched
+from bench.results import Keep, record
 
 SMALLEST, LARGEST = 2, 8
 LEAVE = 0.15  # the share of clients that leave early

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from bench.hf.client import Client
-from bench.hf.processes import ROOT, Harness, ProcessFailed, Running, tail
-from bench.hf.results import Keep, record
+from bench.client import Client
 from bench.hf.speed import bodies
+from bench.processes import ROOT, Harness, ProcessFailed, Running, tail
+from bench.results import Keep, record
 from protocol.messages import WorkerStatus
 
 EXAM = "models/pocket-llava/eval.py"

@@ -5,65 +5,20 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
-from bench.hf.client import Answer, Asked, Client, body_of
-from bench.hf.pool import drawn_picture
-from bench.hf.processes import Harness, ProcessFailed, Running, is_batched, tail
-from bench.hf.results import Keep, quantile, record, spread
+from bench.client import Asked, Client, body_of
+from bench.pool import drawn_picture
+from bench.processes import Harness, ProcessFailed, Running, is_batched, tail
+from bench.rates import Measured, measured, shown_rate, shown_ratio, shown_ttft, summary
+from bench.results import Keep, record, spread
 from protocol.messages import GenerateRequest
 
 ON, OFF = "on", "off"
 PROMPT = "Count from 1 to 100."  # the embedded model answers it with 101 tokens, picture or not
 ALSO_WITHOUT = 2  # a level for threads alone: their best is often near the number of cores
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Some waves of requests; the requests of a wave were sent at once.
-
-    ``rate`` is tokens a second from a wave's first token to its last, ``rate_from_sending`` from
-    its sending. ``short`` answers ended by themselves, ``failed`` ones with an error.
-    """
-
-    rate: float
-    rate_from_sending: float
-    ttft_s: tuple[float, ...]
-    tokens: int
-    short: int
-    failed: int
-
-
-def measured(waves: Sequence[Sequence[Answer]]) -> Measured:
-    """The figures of some waves.
-
-    Raises:
-        ValueError: no wave brought two tokens at different times.
-    """
-    tokens = gaps = 0
-    window_s = whole_s = 0.0
-    for wave in waves:
-        times = [at for answer in wave for at in answer.token_at]
-        if not times:
-            continue
-        tokens += len(times)
-        gaps += len(times) - 1  # the first token opens the window
-        window_s += max(times) - min(times)
-        whole_s += max(times) - min(answer.sent_at for answer in wave)
-    if window_s <= 0:
-        raise ValueError("no tokens came")
-    answers = [answer for wave in waves for answer in wave]
-    return Measured(
-        rate=gaps / window_s,
-        rate_from_sending=tokens / whole_s,
-        ttft_s=tuple(answer.ttft_s for answer in answers if answer.ttft_s is not None),
-        tokens=tokens,
-        short=sum(answer.end == "stop" for answer in answers),
-        failed=sum(answer.end not in ("stop", "length") for answer in answers),
-    )
 
 
 def plan(round_number: int, levels: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -112,7 +67,7 @@ def figures(rounds: Sequence[dict[tuple[int, str], Measured]]) -> dict[str, Any]
     levels = {}
     for level in sorted({level for level, _ in by_key}):
         entry: dict[str, Any] = {
-            name: _summary(by_key[level, name]) for name in (ON, OFF) if (level, name) in by_key
+            name: summary(by_key[level, name]) for name in (ON, OFF) if (level, name) in by_key
         }
         if ON in entry:
             both = [(done[level, ON], done[level, OFF]) for done in rounds]
@@ -122,18 +77,6 @@ def figures(rounds: Sequence[dict[tuple[int, str], Measured]]) -> dict[str, Any]
             )
         levels[str(level)] = entry
     return {"rounds": len(rounds), "best_level_off": best, "levels": levels}
-
-
-def _summary(found: Sequence[Measured]) -> dict[str, Any]:
-    ttft_s = [value for one in found for value in one.ttft_s]
-    return {
-        "tokens_per_s": spread([one.rate for one in found]),
-        "tokens_per_s_from_sending": spread([one.rate_from_sending for one in found]),
-        "ttft_s": {"median": statistics.median(ttft_s), "p95": quantile(ttft_s, 0.95)},
-        "requests": len(ttft_s),
-        "short": sum(one.short for one in found),
-        "failed": sum(one.failed for one in found),
-    }
 
 
 def run(
@@ -235,30 +178,11 @@ def table(found: dict[str, Any]) -> Table:
         sides = [entry[name] for name in (ON, OFF) if name in entry]
         drawn.add_row(
             level,
-            *(_rate(entry.get(name)) for name in (ON, OFF)),
-            *(_ratio(entry.get(name)) for name in ("ratio", "ratio_to_best")),
-            *(_ttft(entry.get(name)) for name in (ON, OFF)),
+            *(shown_rate(entry.get(name)) for name in (ON, OFF)),
+            *(shown_ratio(entry.get(name)) for name in ("ratio", "ratio_to_best")),
+            *(shown_ttft(entry.get(name)) for name in (ON, OFF)),
             ", ".join(str(sum(side[name] for side in sides)) for name in ("short", "failed")),
         )
     best = found["best_level_off"]
     drawn.caption = f"median (least-most); TTFT in ms: median, 95 %; threads are best at {best}"
     return drawn
-
-
-def _rate(side: dict[str, Any] | None) -> str:
-    if side is None:
-        return ""
-    rate = side["tokens_per_s"]
-    return f"{rate['median']:.0f} ({rate['min']:.0f}-{rate['max']:.0f})"
-
-
-def _ratio(ratio: dict[str, float] | None) -> str:
-    if ratio is None:
-        return ""
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-
-
-def _ttft(side: dict[str, Any] | None) -> str:
-    if side is None:
-        return ""
-    return f"{side['ttft_s']['median'] * 1e3:.0f}, {side['ttft_s']['p95'] * 1e3:.0f}"

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from bench.client import Answer, answer_of, body_of
 from bench.hf.__main__ import as_it_must_be, parse
-from bench.hf.client import Answer, answer_of, body_of
 from bench.hf.mixes import LARGEST, SMALLEST, beside_others, difference, drawn_mix
-from bench.hf.pool import cases
 from bench.hf.precision import totals, weights_mib
-from bench.hf.processes import tail
-from bench.hf.results import quantile, rounded, spread
-from bench.hf.speed import ALSO_WITHOUT, OFF, ON, Measured, bodies, figures, measured, plan
+from bench.hf.speed import ALSO_WITHOUT, OFF, ON, bodies, figures, plan
+from bench.pool import cases
+from bench.processes import tail
+from bench.rates import Measured, measured
+from bench.results import quantile, rounded, spread
 from protocol.events import Delta, Failed, Finished, TokenLogprob, encode_sse
 from protocol.messages import Capabilities, GenerateRequest, WorkerStatus
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bench.hf.processes import ROOT
+from bench.processes import ROOT
 from protocol.messages import WorkerStatus
 
 
@@ -83,12 +83,17 @@ Keep = Callable[[dict[str, Any]], None]
 """Takes a line of results as soon as there is one: what follows may fail or be stopped."""
 
 
+def _module() -> str:
+    """What was started: ``python -m`` keeps its name in the path of its ``__main__``."""
+    return ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts[:-1])
+
+
 def record(kind: str, status: WorkerStatus, figures: dict[str, Any]) -> dict[str, Any]:
     """One line of results; ``status`` is of a worker that was measured."""
     return {
         "kind": kind,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "bench.hf", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine() | {"device": status.device, **status.versions},
         "model": status.model_names[0],

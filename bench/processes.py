@@ -22,7 +22,7 @@ from rich.progress import track
 
 from protocol.messages import WorkerStatus
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 START_S = 900.0  # a large checkpoint from a cold disk
 STOP_S = 40.0  # a worker lets running answers end for 30 s
@@ -105,14 +105,16 @@ class Harness:
         return Harness(self.folder, self.console, (*self._flags, *flags))
 
     @contextmanager
-    def worker(self, *flags: str, controller: str | None = None) -> Iterator[Running]:
-        """A Hugging Face worker, registered at ``controller`` if there is one.
+    def worker(
+        self, *flags: str, kind: str = "hf", controller: str | None = None
+    ) -> Iterator[Running]:
+        """A worker of ``kind``, registered at ``controller`` if there is one.
 
         Raises:
             ProcessFailed: it did not become ready.
         """
         place = ("--no-register",) if controller is None else ("--controller-address", controller)
-        with self.process("workers.hf", *self._flags, *flags, *place) as running:
+        with self.process(f"workers.{kind}", *self._flags, *flags, *place) as running:
             yield running
 
     @contextmanager

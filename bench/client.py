@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ class Answer:
     ended_at: float = 0.0
     message: str = ""  # of the error
     logprobs: tuple[float, ...] = ()  # of each of token_ids, if they were asked for
+    likeliest: tuple[dict[int, float], ...] = ()  # and of the tokens that might have been, by id
 
     @property
     def ttft_s(self) -> float | None:
@@ -86,26 +87,28 @@ class Client:
         end = message = ""
         try:
             async with asyncio.timeout(asked.leave_s):
-                end, message = await self._read(address, asked.body, chunks)
+                end, message = await self._read(address, asked, chunks)
         except TimeoutError:
             end = "left"
         except TandemError as error:
             end, message = error.code, error.message
-        return answer_of(chunks, sent_at=sent_at, end=end, message=message)
+        return asked.decode(chunks, sent_at, end, message)
 
     async def _read(
-        self, address: str, body: bytes, chunks: list[tuple[float, bytes]]
+        self, address: str, asked: Asked, chunks: list[tuple[float, bytes]]
     ) -> tuple[str, str]:
         """Gather the stream into ``chunks``; code and sentence of a refusal, if it is one.
 
         Nothing is decoded before the end: the worker and we share the cores.
         """
         accept = [(b"accept", SSE_MEDIA_TYPE.encode())]
-        upstream = await self._pool.open(address, PATH, body, accept, timeout_s=ANSWER_S)
+        upstream = await self._pool.open(
+            address, asked.path, asked.body, accept, timeout_s=ANSWER_S
+        )
         try:
             if upstream.status != 200:
                 refusal = orjson.loads(await upstream.read_all(ANSWER_S))["error"]
-                return refusal["code"], refusal["message"]
+                return str(refusal["code"]), refusal["message"]
             while data := await upstream.read(ANSWER_S):
                 chunks.append((time.perf_counter(), data))
         finally:
@@ -113,19 +116,12 @@ class Client:
         return "", ""
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request to send after ``delay_s``, by a client that leaves ``leave_s`` later."""
-
-    body: bytes
-    delay_s: float = 0.0
-    leave_s: float | None = None
+Chunks = Sequence[tuple[float, bytes]]
+"""What a stream brought, each part with the time of its arrival."""
 
 
-def answer_of(
-    chunks: Sequence[tuple[float, bytes]], *, sent_at: float, end: str = "", message: str = ""
-) -> Answer:
-    """Decode a stream from its ``chunks``, each with the time of its arrival.
+def answer_of(chunks: Chunks, sent_at: float, end: str = "", message: str = "") -> Answer:
+    """Decode a worker's stream.
 
     ``end`` is known already when the stream did not get to its own.
     """
@@ -134,6 +130,7 @@ def answer_of(
     ids: list[int] = []
     times: list[float] = []
     logprobs: list[float] = []
+    likeliest: list[dict[int, float]] = []
     last: Event | None = None
     for at, data in chunks:
         for event in decoder.feed(data):
@@ -142,7 +139,9 @@ def answer_of(
                 texts.append(event.text)
                 ids += event.token_ids
                 times += [at] * len(event.token_ids)
-                logprobs += (entry.logprob for entry in event.logprobs or ())
+                for entry in event.logprobs or ():
+                    logprobs.append(entry.logprob)
+                    likeliest.append({top.token_id: top.logprob for top in entry.top})
     if last is not None and not isinstance(last, Delta):  # it was complete, whatever came after
         if last.type == "finished":
             end = last.reason
@@ -157,4 +156,16 @@ def answer_of(
         ended_at=chunks[-1][0] if chunks else sent_at,
         message=message,
         logprobs=tuple(logprobs),
+        likeliest=tuple(likeliest),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request to send after ``delay_s``, by a client that leaves ``leave_s`` later."""
+
+    body: bytes
+    delay_s: float = 0.0
+    leave_s: float | None = None
+    path: str = PATH
+    decode: Callable[[Chunks, float, str, str], Answer] = answer_of

@@ -1,13 +1,18 @@
-"""A LLaVA-1.5 of any size with random weights, to measure speed where no download is possible."""
+"""A LLaVA-1.5 of any size with random weights, to measure speed where no download is possible.
+
+python -m bench.random_weights DIR                            7 billion
+python -m bench.random_weights DIR --layers 10 --hidden 1024  199 million
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.hf.processes import ROOT
+from bench.processes import ROOT
 
 EMBEDDED = ROOT / "models" / "pocket-llava"
 VOCABULARY = 32064
@@ -102,3 +107,24 @@ def _write_processor(file: Path, vision: Any) -> None:
     processor["image_processor"] |= {"crop_size": side, "size": side}
     processor["patch_size"] = vision.patch_size
     file.write_text(json.dumps(processor, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.random_weights",
+        description="Write a LLaVA-1.5 with random weights in bfloat16: 7 billion, or fewer.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--layers", type=int, default=_FULL_LAYERS, help="of the language model")
+    parser.add_argument("--hidden", type=int, default=_FULL_HIDDEN, help="its width")
+    args = parser.parse_args()
+    try:
+        weights = write(args.folder, layers=args.layers, hidden=args.hidden)
+    except (ValueError, OSError) as exc:
+        parser.error(str(exc))
+    print(f"{args.folder}: {weights / 1e6:.1f} million weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Interchangeable, proven: 300 prompts to either kind through the controller, the same tokens.
+
+float32, greedy, on the CPU. Half of the prompts at a time are answered by the other kind, eight at
+once, so that both are asked in batches of all sorts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench.prompts import Prompt, prompts
+from tests.contract.conftest import START_TIMEOUT_S, Workers
+from tests.contract.test_worker import status
+from tests.processes import running
+from tests.streams import Answer, ask
+
+pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 240)
+
+KINDS = ("hf", "sglang")
+AT_ONCE = 8
+
+
+@pytest.fixture
+def controller(workers: Workers, tmp_path: Path) -> Iterator[str]:
+    """One that both kinds are registered at."""
+    found = [workers[kind] for kind in KINDS]
+    with running(tmp_path, "controller", "--port", "0") as process:
+        address = process.wait_ready()
+        for worker in found:
+            registration = {
+                "worker_name": worker.address,
+                "check_heart_beat": False,
+                "worker_status": status(worker).model_dump(mode="json"),
+            }
+            httpx.post(f"{address}/register_worker", json=registration).raise_for_status()
+        yield address
+
+
+def test_both_kinds_give_the_same_tokens(controller: str) -> None:
+    asked = prompts("pocket-llava", ("formal", "terse"))
+    assert len(asked) == 300
+    # Neighbours change: each kind meets every prompt among others than the other kind does.
+    with ThreadPoolExecutor(AT_ONCE) as forwards, ThreadPoolExecutor(AT_ONCE) as backwards:
+        hf = [forwards.submit(_ask, controller, "hf", prompt) for prompt in asked]
+        sglang = [backwards.submit(_ask, controller, "sglang", prompt) for prompt in asked[::-1]]
+        pairs = [(a.result(), b.result()) for a, b in zip(hf, sglang[::-1], strict=True)]
+    different = [
+        (prompt.sort, a.text, b.text)
+        for prompt, (a, b) in zip(asked, pairs, strict=True)
+        if _facts(a) != _facts(b)
+    ]
+    assert not different
+    sorts = Counter(prompt.sort for prompt in asked)
+    assert len(sorts) == 6
+    assert min(sorts.values()) >= 50
+    assert len({a.text for a, _ in pairs}) > 150, "they are questions with different answers"
+    assert any(
+        prompt.sort == "stop" and a.finished.reason == "stop"
+        for prompt, (a, _) in zip(asked, pairs, strict=True)
+    )
+
+
+def _ask(controller: str, kind: str, prompt: Prompt) -> Answer:
+    fields = prompt.request.model_dump(mode="json", exclude_unset=True)
+    return ask(controller, timeout_s=120, kind=kind, **fields)
+
+
+def _facts(answer: Answer) -> tuple[object, ...]:
+    end = answer.finished
+    return answer.token_ids, answer.text, end.reason, end.prompt_tokens, end.completion_tokens
