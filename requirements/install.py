@@ -1,8 +1,9 @@
 """Build the environment: ``python requirements/install.py .venv requirements/all.txt``.
 
-Makes the virtual environment when there is none, puts uv into it and lets uv install the lock.
-uv does not read pip's configuration, so index, certificate, proxy and the like are handed over
-as environment variables; what is already set for uv wins. Standard library only.
+Makes the virtual environment when there is none, puts uv into it and lets uv install the lock,
+with the further arguments as they are. uv does not read pip's configuration, so index,
+certificate, proxy and the like are handed over as environment variables; what is already set for
+uv wins. Standard library only.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def main() -> None:
     subprocess.run([*pip, "install", "-qq", UV], check=True)
     config = subprocess.run([*pip, "config", "list"], check=True, capture_output=True, text=True)
     print(f"Installing {lock}: some GB the first time, minutes on a slow line", flush=True)
+    uv = [str(venv / "bin" / "uv"), "pip", "install", "--python", str(python)]
     subprocess.run(
-        [str(venv / "bin" / "uv"), "pip", "install", "--python", str(python), "-r", str(lock)],
+        [*uv, "-r", str(lock), *sys.argv[3:]],
         check=True,
         env=uv_environment(config.stdout, os.environ),
     )

@@ -25,6 +25,7 @@ TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 4,
     "max_position_embeddings": 4096,
+    "initializer_range": 0.15,  # with transformers' own, answers are one token again and again
 }
 CLIP = {
     "hidden_size": 32,
@@ -85,11 +86,14 @@ def _qwen_vl(family: str, image_processor: str = "Qwen2VLImageProcessor") -> Cal
             "num_heads": 2,
             "patch_size": 14,
             "spatial_merge_size": 2,
+            "initializer_range": 0.15,
         }
         if family == "Qwen2VL":
-            vision |= {"embed_dim": 32, "hidden_size": 64}
+            # SGLang reads a name that transformers 5 no longer writes.
+            vision |= {"embed_dim": 32, "hidden_size": 64, "in_chans": 3}
         if family == "Qwen3VL":
             vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+            text["rope_parameters"]["mrope_interleaved"] = True
         config = getattr(transformers, f"{family}Config")(
             text_config=text,
             vision_config=vision,

@@ -34,6 +34,16 @@ class EngineInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine says of its work, beside what the shell counts."""
+
+    tokens_per_s: float | None = None  # decoded by all requests together while it was busy
+    others_running: int = 0  # requests that reached it past this worker
+    others_waiting: int = 0
+    token_age_s: float | None = None  # since it last made a token; idle ones are asked for one
+
+
 class Engine(Protocol):
     """One loaded model. Lives on one event loop; none of its coroutines may block it."""
 
@@ -65,8 +75,22 @@ class Engine(Protocol):
         """
         ...
 
+    def load(self) -> EngineLoad:
+        """Its own figures, as far as it has any."""
+        ...
+
     def cache(self) -> CacheStatus | None:
         """The prefix cache now; ``None`` when there is none."""
+        ...
+
+    async def flush_cache(self) -> None:
+        """Empty the prefix cache.
+
+        Raises:
+            Overloaded: requests run.
+            Unsupported: there is none.
+            EngineFailed: it could not be done.
+        """
         ...
 
     def adapters(self) -> tuple[str, ...]:

@@ -84,6 +84,17 @@ def template_of(*owners: Any) -> ApplyTemplate | None:
     return apply
 
 
+def pictures_for(processor: Any, pictures: Sequence[Any]) -> list[Any]:
+    """The pictures of one conversation as ``processor`` takes them.
+
+    One that counts them (LLaVA-OneVision's, which cuts a picture into tiles only if it is alone)
+    takes those of a plain list for as many conversations.
+    """
+    image_processor = getattr(processor, "image_processor", None)
+    counts = "batch_num_images" in getattr(image_processor, "model_input_names", ())
+    return [list(pictures)] if counts else list(pictures)
+
+
 def check_resumable(
     token_ids: Sequence[int], *, vocab_size: int, image_token_id: int | None
 ) -> None:

@@ -41,6 +41,8 @@ def create_app(shell: Shell) -> ASGIApp:
         body: dict[str, Any] = {"state": shell.state.value}
         if shell.state is WorkerState.STARTING:
             body["progress"] = shell.progress
+        elif (age_s := shell.token_age_s) is not None:
+            body["token_age_s"] = round(age_s, 1)
         return JSONResponse(body, status_code=200 if ready else 503)
 
     @app.get("/metrics")
@@ -55,6 +57,11 @@ def create_app(shell: Shell) -> ASGIApp:
     @app.post("/resume")
     async def resume() -> WorkerStatus:
         shell.resume()
+        return shell.status()
+
+    @app.post("/flush_cache")
+    async def flush_cache() -> WorkerStatus:
+        await shell.flush_cache()
         return shell.status()
 
     @app.get("/adapters")

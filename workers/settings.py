@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import Field, field_validator
 
+from protocol.messages import ADAPTER_NAME, BASE
 from transport.process import ProcessSettings, check_address
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket-llava"
@@ -74,3 +76,42 @@ class WorkerSettings(ProcessSettings):
         if self.model_name is not None:
             return self.model_name
         return self.model_path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+class CheckpointSettings(WorkerSettings):
+    """Those of a kind that loads a checkpoint."""
+
+    conv_template: str | None = Field(
+        default=None,
+        description="LLaVA's conversation template (vicuna_v1, llava_v1, llava_llama_2, plain, "
+        "...) for a checkpoint that brings none",
+    )
+    adapter: tuple[str, ...] = Field(
+        default=(), description="name=path of a LoRA adapter requests can choose; may repeat"
+    )
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _split_adapters(cls, value: object) -> object:
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("adapter")
+    @classmethod
+    def _named_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        names = [item.partition("=")[0] for item in value]
+        if any("=" not in item or not all(item.split("=", 1)) for item in value):
+            raise ValueError("give each adapter as name=path")
+        for name in names:
+            if name == BASE or not re.fullmatch(ADAPTER_NAME, name):
+                raise ValueError(
+                    f"an adapter cannot be called {name!r}; letters, digits, '.', '_' and '-' "
+                    f"make a name, and {BASE!r} is the model without an adapter"
+                )
+        if len(set(names)) < len(names):
+            raise ValueError("two adapters have one name")
+        return value
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Path by name of each ``--adapter``."""
+        return dict(item.split("=", 1) for item in self.adapter)

@@ -127,18 +127,21 @@ class Shell:
     def status(self) -> WorkerStatus:
         slots = self._slots.statistics()
         info = self._info
+        load = self._engine.load()
+        running = slots.borrowed_tokens + load.others_running
+        waiting = slots.tasks_waiting + load.others_waiting
         name, adapters = self._settings.name, self._engine.adapters() if info else ()
         return WorkerStatus(
             model_names=(name, *(f"{name}:{adapter}" for adapter in adapters)),
-            speed=round(self._speed.tokens_per_s, 2),
-            queue_length=slots.borrowed_tokens + slots.tasks_waiting,
+            speed=round(load.tokens_per_s or self._speed.tokens_per_s, 2),
+            queue_length=running + waiting,
             worker_id=self.worker_id,
             epoch=self._epoch,
             kind=self._kind,
             state=self.state,
             capacity=int(slots.total_tokens),
-            running=slots.borrowed_tokens,
-            waiting=slots.tasks_waiting,
+            running=running,
+            waiting=waiting,
             context_length=info.context_length if info else None,
             image_tokens=info.image_tokens if info else 0,
             capabilities=info.capabilities if info else Capabilities(chat=True),
@@ -185,6 +188,27 @@ class Shell:
             await self._engine.unload_adapter(name)
         self._on_change()
         log.info("adapter %s unloaded", name, extra={"worker_id": self.worker_id})
+
+    # ---- the cache, and the engine's life
+
+    async def flush_cache(self) -> None:
+        """Empty the engine's prefix cache and tell the controllers.
+
+        Raises:
+            Overloaded: requests run.
+            Unsupported: the engine has none.
+            EngineFailed, NoReplicaAvailable: the engine is not running, or could not do it.
+        """
+        self._check_running()
+        with _typed():
+            await self._engine.flush_cache()
+        self._on_change()
+        log.info("cache flushed", extra={"worker_id": self.worker_id})
+
+    @property
+    def token_age_s(self) -> float | None:
+        """Time since the engine last made a token, if it says so; an idle one is tried."""
+        return self._engine.load().token_age_s
 
     # ---- one request
 

@@ -13,15 +13,15 @@ from tests.processes import ROOT, Process, running
 
 # float32: on the CPU both engines then compute the same numbers.
 ADAPTERS = ROOT / "models" / "adapters"
-HF = (
+EXACT = (
     *("--dtype", "float32", "--device", "cpu"),
     *("--adapter", f"formal={ADAPTERS / 'formal'}", "--adapter", f"terse={ADAPTERS / 'terse'}"),
 )
 FLAGS = {
     "echo": ("--model-name", "pocket-llava", "--first-delay-s", "0.02", "--delay-s", "0.001"),
-    "hf": HF,
-    "hf in threads": (*HF, "--batching", "off"),
-    "sglang": ("--dtype", "float32", "--device", "cpu"),
+    "hf": EXACT,
+    "hf in threads": (*EXACT, "--batching", "off"),
+    "sglang": EXACT,
 }
 START_TIMEOUT_S = 240  # SGLang imports for half a minute, longer on a busy machine
 

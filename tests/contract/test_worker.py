@@ -168,6 +168,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a bomb": ({"prompt": "<image>", "images": [bomb()]}, 422, "bad_image"),
     "an address": ({"prompt": "<image>", "images": ["http://127.0.0.1/x.png"]}, 422, "bad_image"),
     "a path": ({"prompt": "<image>", "images": ["/etc/passwd"]}, 422, "bad_image"),
+    "a file": ({"prompt": "<image>", "images": ["file:///etc/passwd"]}, 422, "bad_image"),
     "unknown model": ({"prompt": "a", "model": "gpt-5"}, 404, "model_not_found"),
     "long prompt": ({"prompt": "word " * 20000}, 413, "context_overflow"),
     "two grammars": ({"prompt": "a", "regex": "a", "json_schema": "{}"}, 422, "invalid_request"),
@@ -331,6 +332,14 @@ def test_a_stop_string_across_the_seam_is_found(worker: Worker) -> None:
     assert rest.finished.completion_tokens == straight.finished.completion_tokens
 
 
+def test_resuming_with_a_repetition_penalty(worker: Worker) -> None:
+    whole = count(worker, repetition_penalty=1.3)
+    ids = whole.token_ids
+    for cut in sorted({1, len(ids) // 2, len(ids) - 1}):
+        rest = count(worker, repetition_penalty=1.3, resume_token_ids=ids[:cut])
+        assert rest.token_ids == ids[cut:], f"cut at {cut}"
+
+
 # ---------------------------------------------------------------- sampling
 
 
@@ -414,6 +423,49 @@ def test_the_status_is_llavas_and_more(worker: Worker) -> None:
     assert found.capacity
     assert found.context_length
     assert found.queue_length == found.running + found.waiting
+
+
+def test_a_flushed_cache_is_empty_and_only_a_cache_can_be_flushed(worker: Worker) -> None:
+    url = f"{worker.address}/flush_cache"
+    wait_idle(worker)
+    if status(worker).cache is None:
+        refused = httpx.post(url)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (422, "unsupported")
+        return
+    count(worker)
+    assert count(worker).finished.cached_tokens > 0
+    with streaming(worker.address, **GREEDY, messages=user(COUNT), max_new_tokens=900) as events:
+        next(events)
+        refused = httpx.post(url, timeout=30)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    wait_idle(worker)
+
+    def flushed() -> httpx.Response | None:
+        # One who has left is still an answer of the engine for the length of a step.
+        response = httpx.post(url, timeout=30)
+        return response if response.status_code == 200 else None
+
+    until(flushed, what="it is idle")
+    cache = status(worker).cache
+    assert cache is not None
+    assert cache.used_tokens <= 1, "no more than a probe's"
+    assert count(worker).finished.cached_tokens <= 1
+    after = until(lambda: held(worker), what="the cache holds what was computed since")
+    assert after < 1000
+
+
+def held(worker: Worker) -> int:
+    cache = status(worker).cache
+    assert cache is not None
+    return cache.used_tokens
+
+
+def test_health_says_when_the_engine_last_made_a_token(worker: Worker) -> None:
+    count(worker)
+    found = httpx.get(f"{worker.address}/healthz").json()
+    assert found["state"] == "ready"
+    if worker.kind == "sglang":
+        assert 0 <= found["token_age_s"] < 30
 
 
 def test_every_worker_has_metrics(worker: Worker) -> None:

@@ -165,6 +165,8 @@ def test_a_killed_worker_ends_its_stream_with_its_type_and_comes_back(
     other = "hf" if kind == "sglang" else "sglang"
     pid = demo.pid(name)
     family = psutil.Process(pid).children(recursive=True)
+    folders = {Path(child.environ()["TMPDIR"]) for child in family if is_server(child)}
+    assert len(folders) == (kind == "sglang")
     asked: dict[str, Any] = {
         "model": "pocket-llava",
         "messages": user("Count from 1 to 100."),
@@ -191,15 +193,22 @@ def test_a_killed_worker_ends_its_stream_with_its_type_and_comes_back(
     )
     assert "blue" in answer.text
     until(lambda: not any(child.is_running() for child in family), what="no orphan is left")
+    assert not any(folder.exists() for folder in folders), "no litter is left"
     wait_back(demo, pid, name)
     assert count(demo, kind).finished.reason == "stop"
     assert name in demo.said()
 
 
+def is_server(process: psutil.Process) -> bool:
+    return "workers.sglang.server.launch" in process.cmdline()
+
+
 def test_a_killed_engine_ends_the_worker_with_a_code_of_its_own(demo: Demo) -> None:
+    """One process of the engine's three is enough: the one that computes."""
     pid = demo.pid("sglang-1")
-    server = psutil.Process(pid).children()[0]
-    server.kill()
+    family = psutil.Process(pid).children(recursive=True)
+    scheduler = next(child for child in family if child.cmdline()[0] == "sglang::scheduler")
+    scheduler.kill()
     wait_back(demo, pid, "sglang-1")
     assert count(demo, "sglang").finished.reason == "stop"
     assert "lost its engine (exit code 70)" in demo.said()

@@ -44,10 +44,10 @@ def test_the_readme_shows_every_folder_and_no_other() -> None:
 
 
 def test_the_commands_in_the_documents_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
-        named = set(re.findall(r"(?:`|^)make ([a-z]+)", text, re.M))
+        named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M))
         assert named, document
         assert named <= targets, document
 

@@ -20,7 +20,9 @@ from packaging.utils import canonicalize_name
 from tests.rules.repository import HEAVY, OURS, ROOT, imports, modules, run_python, sources
 
 # These are what an engine loads, or run inside one: heavy by nature, never imported at start.
-LOADED_BY_AN_ENGINE = re.compile(r"workers\.(hf|sglang)\.(?!(__main__|settings|engine)$)")
+LOADED_BY_AN_ENGINE = re.compile(
+    r"workers\.(adapters|files|grammar|llava)\b|workers\.(hf|sglang)\.(?!(__main__|settings|engine)$)"
+)
 TOP_LEVEL = {module.partition(".")[0] for module in modules()}
 
 

@@ -26,11 +26,11 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from workers.adapters.changes import LowRank  # noqa: E402
+from workers.adapters.config import base_of  # noqa: E402
+from workers.adapters.layer_names import LayerNames  # noqa: E402
 from workers.hf import quantization  # noqa: E402
-from workers.hf.adapter_files import base_of  # noqa: E402
 from workers.hf.adapters import Adapters, merge  # noqa: E402
-from workers.hf.changes import LowRank  # noqa: E402
-from workers.hf.layer_names import LayerNames  # noqa: E402
 
 pytestmark = pytest.mark.timeout(60)  # transformers is slow to import
 

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from models.pocket.export import export
 from workers.hf import llava
+from workers.llava.config import is_original
 
 pytestmark = pytest.mark.timeout(60)  # transformers is slow to import
 
@@ -629,6 +630,11 @@ def test_a_base_of_another_size_is_refused(make: Maker) -> None:
         {"mm_projector_type": "mlp2x_res2x_gelu"},
         {"mm_resampler_type": "perceiver"},
         {"mm_vision_select_feature": "cls"},
+        {
+            "image_aspect_ratio": "anyres",
+            "mm_patch_merge_type": "spatial_unpad",
+            "mm_vision_select_feature": "cls_patch",
+        },
     ],
     ids=lambda config: next(reversed(config)),
 )
@@ -785,7 +791,7 @@ def test_one_picture_for_each_placeholder(make: Maker) -> None:
 def test_a_huge_picture_is_scaled_before_it_is_padded(
     make: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.hf.llava.images.SQUARE_SIDE", 64)
+    monkeypatch.setattr("workers.llava.images.SQUARE_SIDE", 64)
     encode = load(make(image_aspect_ratio="pad").folder).encode
     huge = photo(256, 128)
     small = huge.copy()
@@ -813,4 +819,4 @@ def test_a_placeholder_is_no_token_of_the_model(make: Maker) -> None:
     ],
 )
 def test_the_format_is_told_by_the_configuration(config: dict[str, Any], original: bool) -> None:
-    assert llava.is_original(config) is original
+    assert is_original(config) is original

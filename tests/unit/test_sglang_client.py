@@ -77,6 +77,23 @@ def test_a_cumulative_chunk_gives_what_is_new() -> None:
     assert parse(frame(), skip=1).token_ids == (6,)
 
 
+LOGPROBS = {
+    "output_token_logprobs": [[-0.5, 5, None], [-1.5, 6, None]],
+    "output_top_logprobs": [[[-0.5, 5, None]], [[-0.1, 7, None]]],
+}
+
+
+def test_logprobs_are_those_of_the_chunks_tokens() -> None:
+    assert parse(frame()).logprobs is None
+    assert parse(frame(**LOGPROBS)).logprobs == ((-0.5, ((5, -0.5),)), (-1.5, ((7, -0.1),)))
+    assert parse(frame(**LOGPROBS), skip=1).logprobs == ((-1.5, ((7, -0.1),)),)
+
+
+def test_logprobs_of_the_chosen_tokens_alone() -> None:
+    own = {"output_token_logprobs": LOGPROBS["output_token_logprobs"]}
+    assert parse(frame(**own)).logprobs == ((-0.5, ()), (-1.5, ()))
+
+
 @pytest.mark.parametrize("reason", ["stop", "length"])
 def test_the_last_chunk(reason: str) -> None:
     assert parse(frame(finish_reason={"type": reason})).reason == reason

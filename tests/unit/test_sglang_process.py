@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from protocol.errors import EngineFailed, OutOfMemory
+from tests.processes import ROOT, until
 from workers.sglang import process
 from workers.sglang.process import ServerProcess, TemporaryDirectory, explain
 
@@ -72,7 +75,7 @@ async def started(code: str, monkeypatch: pytest.MonkeyPatch, words: list[str]) 
     script = Path(tempfile.gettempdir()) / "fake"
     script.write_text(f"#!{sys.executable}\n{code}")
     script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(process, "SERVER", [str(script)])
     server = ServerProcess(await asyncio.to_thread(TemporaryDirectory))
     await server.start([], dict(os.environ), words.append)
     return server
@@ -120,3 +123,109 @@ async def test_stopping_ends_the_children_too(base: Path, monkeypatch: pytest.Mo
     assert not server.running
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
     assert [path.name for path in base.iterdir()] == ["fake"]  # noqa: ASYNC240
+
+
+PART = (
+    "import subprocess, time\n"
+    "part = subprocess.Popen(['sglang::scheduler', '60'], executable='/bin/sleep')\n"
+    "print('Load weight begin', part.pid, flush=True); time.sleep(60)"
+)
+
+
+@pytest.mark.anyio
+async def test_the_death_of_a_part_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[str] = []
+    server = await started(PART, monkeypatch, words)
+    while not words:  # noqa: ASYNC110 - the fake has no event to wait for
+        await asyncio.sleep(0.01)
+    part = psutil.Process(int(server._tail[0].split()[-1]))
+    await server.ready()
+    waiting = asyncio.create_task(server.wait())
+    assert server.running
+    part.kill()
+    await asyncio.wait_for(waiting, 2)
+    assert server.running, "the part's parent has not even looked"
+    failure = server.failure()
+    assert failure.message == "The SGLang server's scheduler ended suddenly."
+    assert "out of memory" in failure.remedy
+    await server.stop()
+
+
+# A worker with a server, which prints the server's process id and its directory.
+WORKER = """
+import asyncio, os, sys
+from workers.sglang import process
+from workers.sglang.process import ServerProcess, TemporaryDirectory
+
+async def main():
+    directory = TemporaryDirectory()
+    process.SERVER = [sys.executable, "-c", "import time; print('up'); time.sleep(60)"]
+    server = ServerProcess(directory)
+    await server.start([], dict(os.environ), lambda words: None)
+    print(server._process.pid, server._janitor.pid, directory.path, flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_leaves_nothing(base: Path, number: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(base), "PYTHONPATH": str(ROOT)},
+    ) as worker:
+        assert worker.stdout is not None
+        server, janitor, path = worker.stdout.readline().split()
+        assert Path(path).is_dir()
+        worker.send_signal(number)
+    until(lambda: not Path(path).exists(), what="the directory is gone")
+    until(lambda: gone(int(server)) and gone(int(janitor)), what="server and janitor are gone")
+    assert list(base.iterdir()) == []
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_the_janitor_removes_files_and_folders(base: Path) -> None:
+    folder, file, absent = base / "a folder", base / "file", base / "absent"
+    folder.mkdir()
+    (folder / "part").touch()
+    file.touch()
+    dead = subprocess.Popen(["true"], start_new_session=True)
+    dead.wait()
+    subprocess.run(
+        [*process.JANITOR, str(dead.pid)],
+        input=f"{folder}\n{file}\n{absent}\n",
+        text=True,
+        check=True,
+        timeout=10,
+    )
+    assert list(base.iterdir()) == []
+
+
+@pytest.mark.anyio
+async def test_what_it_shares_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import mmap, multiprocessing, time\n"
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "file = open(f'/dev/shm/sglang_loads_{__import__(\"os\").getpid()}.shm', 'w+b')\n"
+        "file.truncate(64); kept = mmap.mmap(file.fileno(), 64)\n"
+        "print('Load weight begin', file.name, lock._semlock.name, flush=True); time.sleep(60)"
+    )
+    words: list[str] = []
+    server = await started(code, monkeypatch, words)
+    while not words:  # noqa: ASYNC110 - the fake has no event to wait for
+        await asyncio.sleep(0.01)
+    loads, semaphore = server._tail[0].split()[-2:]
+    shared = {Path(loads), Path(f"/dev/shm/sem.{semaphore.removeprefix('/')}")}
+    await server.ready()
+    assert server._shared_memory == shared
+    await server.stop()
+    assert not any(path.exists() for path in shared)

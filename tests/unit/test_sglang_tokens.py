@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,27 +54,41 @@ def chunk(text: str, reason: str | None = None) -> Chunk:
     return Chunk(tuple(text.encode()), reason, prompt_tokens=1, cached_tokens=0)
 
 
+def push(got: Answer, new: Chunk) -> Delta:
+    return _push(got, new, CHECKPOINT.spell)
+
+
 def test_many_tokens_in_one_chunk() -> None:
     got = answer()
-    assert _push(got, chunk("Hello")) == Delta(text="Hello", token_ids=tuple(b"Hello"))
+    assert push(got, chunk("Hello")) == Delta(text="Hello", token_ids=tuple(b"Hello"))
     assert got.reason is None
 
 
 def test_the_end_token_counts_and_says_nothing() -> None:
     got = answer()
-    assert _push(got, chunk("a\0", "stop")) == Delta(text="a", token_ids=(97, EOS))
+    assert push(got, chunk("a\0", "stop")) == Delta(text="a", token_ids=(97, EOS))
     assert (got.reason, got.tokens) == ("stop", 2)
 
 
 def test_a_stop_string_ends_the_answer_inside_a_chunk() -> None:
     got = answer("END")
-    assert _push(got, chunk("aENDmore")) == Delta(text="a", token_ids=tuple(b"aEND"))
+    assert push(got, chunk("aENDmore")) == Delta(text="a", token_ids=tuple(b"aEND"))
     assert got.reason == "stop"
+
+
+def test_logprobs_end_with_the_answer() -> None:
+    new = replace(chunk("aENDm"), logprobs=tuple((-1.0, ((98, -0.5),)) for _ in "aENDm"))
+    found = push(answer("END"), new).logprobs
+    assert found is not None
+    assert [one.token for one in found] == list("aEND")
+    assert {(one.logprob, one.top[0].token, one.top[0].logprob) for one in found} == {
+        (-1.0, "b", -0.5)
+    }
 
 
 def test_an_end_that_only_sglang_knows_of() -> None:
     got = answer("END")
-    assert _push(got, chunk("aE", "length")) == Delta(text="aE", token_ids=tuple(b"aE"))
+    assert push(got, chunk("aE", "length")) == Delta(text="aE", token_ids=tuple(b"aE"))
     assert got.reason == "length"
 
 

@@ -13,7 +13,7 @@ from protocol.errors import ContextOverflow, EngineFailed, Unsupported, from_wir
 from protocol.events import Delta, Finished
 from protocol.messages import CacheStatus, Capabilities, GenerateRequest, TextPart
 from workers.echo.settings import EchoSettings
-from workers.engine import EngineInfo, Progress
+from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.images import Picture
 from workers.text import TextStream
 
@@ -90,8 +90,14 @@ class EchoEngine:
         await self._died.wait()
         raise EngineFailed("The echo engine has died as it was told to.")
 
+    def load(self) -> EngineLoad:
+        return EngineLoad()
+
     def cache(self) -> CacheStatus | None:
         return None
+
+    async def flush_cache(self) -> None:
+        raise Unsupported("The echo engine has no cache to flush.")
 
     def adapters(self) -> tuple[str, ...]:
         return ()

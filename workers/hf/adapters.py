@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest
-from workers.hf.adapter_files import read
-from workers.hf.changes import Change
+from workers.adapters.changes import Change
+from workers.adapters.files import read
 from workers.hf.failures import is_out_of_memory
 
 

@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 
-from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest, TandemError
+from protocol.errors import (
+    AdapterNotFound,
+    EngineFailed,
+    InvalidRequest,
+    TandemError,
+    Unsupported,
+)
 from protocol.events import Delta, Finished
 from protocol.messages import BASE, CacheStatus, Capabilities, GenerateRequest
-from workers.engine import EngineInfo, Progress
+from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.hf.settings import BATCHED_CAPACITY, THREADS_CAPACITY, HfSettings
 from workers.images import Picture
 
@@ -273,8 +279,14 @@ class HfEngine:
         await self._dead.wait()
         raise EngineFailed("The accelerator's context is lost.", remedy="Start the worker again.")
 
+    def load(self) -> EngineLoad:
+        return EngineLoad()
+
     def cache(self) -> CacheStatus | None:
         return None
+
+    async def flush_cache(self) -> None:
+        raise Unsupported("The hf worker keeps no prefixes: there is no cache to flush.")
 
     async def aclose(self) -> None:
         """Cancel what runs, wait for it and free the model."""

@@ -36,10 +36,3 @@ def as_typed(exc: Exception) -> TandemError:
     traceback.clear_frames(exc.__traceback__)
     error.__cause__ = exc.with_traceback(None)
     return error
-
-
-def one_line(exc: BaseException) -> str:
-    """``exc`` without line breaks and stack trace, 300 characters at most."""
-    words = " ".join(str(exc).split())
-    line = f"{type(exc).__name__}: {words}" if words else type(exc).__name__
-    return line if len(line) <= 300 else f"{line[:297]}..."

@@ -13,8 +13,8 @@ from protocol.errors import ContextOverflow, EngineFailed, InvalidRequest, Tande
 from protocol.events import Delta, Finished, TokenLogprob
 from protocol.messages import GenerateRequest
 from workers.answer import Answer
+from workers.grammar import Grammar
 from workers.hf import cancel
-from workers.hf.grammar import Grammar
 from workers.hf.logprobs import logprobs_of
 from workers.hf.model import HfModel, Inputs
 from workers.hf.sampling import Draw, choose

@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,25 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
-from transformers.utils import cached_file
 
 from protocol.errors import BadImage, EngineFailed
 from protocol.messages import BASE
+from workers import files, templates
+from workers.adapters.config import base_of, fetch
 from workers.answer import eos_ids
-from workers.hf import adapters, attention, cancel, llava, machine, quantization, templates
-from workers.hf.adapter_files import CONFIG, base_of, fetch
-from workers.hf.failures import is_out_of_memory, one_line
-from workers.hf.grammar import Grammars
+from workers.files import ADAPTER, one_line
+from workers.grammar import Grammars
+from workers.hf import adapters, attention, cancel, llava, machine, quantization
+from workers.hf.failures import is_out_of_memory
 from workers.hf.model import Encode, HfModel, Inputs
 from workers.hf.settings import HfSettings
-from workers.prompts import ApplyTemplate, template_of
+from workers.llava.config import is_original
+from workers.prompts import ApplyTemplate, pictures_for, template_of
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class _Loader:
             EngineFailed: it adapts something, and --model-base does not say what.
         """
         path, base = self._settings.model_path, self._settings.model_base
-        config = _file(path, CONFIG)
+        config = files.find(path, ADAPTER)
         if config is None:
             return None
         if base is None:
@@ -171,12 +172,12 @@ class _Loader:
         beside = adapter is not None and not (self._settings.merge and self._bits is None)
         if (
             base is not None
-            and llava.is_original(_config(base))
-            and (beside or not llava.is_original(_config(path)))
+            and is_original(files.config_of(base))
+            and (beside or not is_original(files.config_of(path)))
         ):
             # What an adapter changes in the projector stays with it, and the base is the base.
             found = llava.load(base, base=None, **self._how())
-        elif llava.is_original(_config(path)):
+        elif is_original(files.config_of(path)):
             found = llava.load(path, base=base, **self._how())
         else:
             return None
@@ -314,15 +315,17 @@ class _Loader:
     def _template(self, loaded: _Loaded) -> tuple[ApplyTemplate | None, tuple[str, ...]]:
         """The template that was asked for, LLaVA's for a checkpoint of its own, or what the
         checkpoint brings."""
-        name = self._settings.conv_template or loaded.conversation
-        if name is None and loaded.apply_template is None:
-            name = loaded.guess
-        if name is None:
+        conversation = templates.choose(
+            self._settings.conv_template,
+            trained_with=loaded.conversation,
+            guess=loaded.guess,
+            brings_one=loaded.apply_template is not None,
+        )
+        if conversation is None:
             return loaded.apply_template, ()
-        self._progress(f"conversation template {name}")
-        conversation = templates.template(name)
+        self._progress(f"conversation template {conversation.name}")
         loaded.encode = _with_special_tokens(loaded.encode)
-        return _legacy(loaded.tokenizer, conversation), conversation.stops
+        return templates.renderer(conversation, loaded.tokenizer), conversation.stops
 
     def _report_memory(self, network: Any) -> None:
         if self._bits is None:
@@ -330,19 +333,6 @@ class _Loader:
         before = quantization.weight_bytes_before(network)
         after = quantization.weight_bytes(network)
         self._progress(f"weights {before / 2**20:.1f} MiB -> {after / 2**20:.1f} MiB")
-
-
-def _legacy(tokenizer: Any, conversation: templates.Conversation) -> ApplyTemplate:
-    def apply(turns: list[dict[str, Any]]) -> str:
-        text: str = tokenizer.apply_chat_template(
-            turns,
-            chat_template=conversation.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        return text
-
-    return apply
 
 
 def _with_special_tokens(encode: Encode) -> Encode:
@@ -362,7 +352,7 @@ def _encoder(processor: Any, tokenizer: Any, network: Any) -> Encode:
             return {"input_ids": torch.tensor([ids], dtype=torch.long)}
         try:
             batch = processor(
-                images=list(pictures),
+                images=pictures_for(processor, pictures),
                 text=text,
                 add_special_tokens=add_special_tokens,
                 return_tensors="pt",
@@ -375,25 +365,6 @@ def _encoder(processor: Any, tokenizer: Any, network: Any) -> Encode:
         return {name: value for name, value in batch.items() if name not in unwanted}
 
     return encode
-
-
-def _file(path: str, name: str) -> str | None:
-    """Where a file of a checkpoint is, a directory or on the hub; ``None`` if it has none."""
-    if Path(path).is_dir():
-        found = Path(path, name)
-        return str(found) if found.is_file() else None
-    try:
-        file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    except OSError:  # no such model, or no way to it: said when its configuration is read
-        return None
-    return file
-
-
-def _config(path: str) -> Mapping[str, Any]:
-    if _file(path, "config.json") is None:
-        return {}
-    config: Mapping[str, Any] = PreTrainedConfig.get_config_dict(path)[0]
-    return config
 
 
 def _sees_images(config: Any) -> bool:

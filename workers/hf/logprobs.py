@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from protocol.events import TokenLogprob, TopLogprob
+from protocol.events import TokenLogprob
+from workers.logprobs import token_logprob
 
 
 def logprobs_of(
@@ -21,12 +22,4 @@ def logprobs_of(
     values, ids = logs.topk(min(top, len(logs)))
     # One transfer: each costs a synchronisation on an accelerator.
     chosen, *likeliest = torch.cat([logs[token_id, None], values]).tolist()
-    return TokenLogprob(
-        token_id=token_id,
-        token=decode([token_id]),
-        logprob=chosen,
-        top=tuple(
-            TopLogprob(token_id=other, token=decode([other]), logprob=value)
-            for other, value in zip(ids.tolist(), likeliest, strict=True)
-        ),
-    )
+    return token_logprob(token_id, chosen, zip(ids.tolist(), likeliest, strict=True), decode)

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from protocol.errors import EngineFailed
-from workers.hf.failures import one_line
+from workers.files import one_line
 
 
 def device_of(name: str) -> torch.device:

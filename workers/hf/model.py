@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from protocol.messages import BASE
+from workers.grammar import Grammars
 from workers.hf.adapters import Adapters
-from workers.hf.grammar import Grammars
 from workers.prompts import ApplyTemplate
 
 Inputs = dict[str, torch.Tensor]

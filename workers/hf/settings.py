@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from protocol.messages import ADAPTER_NAME, BASE
-from workers.settings import WorkerSettings
+from workers.settings import CheckpointSettings
 
 BATCHED_CAPACITY = 16
 THREADS_CAPACITY = 5
 """Requests decoded at once; LLaVA's default where each has a thread of its own."""
 
 
-class HfSettings(WorkerSettings):
+class HfSettings(CheckpointSettings):
     """How transformers loads and runs the model."""
 
     model_config = SettingsConfigDict(cli_prog_name="python -m workers.hf")
@@ -37,9 +35,6 @@ class HfSettings(WorkerSettings):
         description="add the adapter of --model-path into the weights; --no-merge keeps it beside "
         "them, so that requests can choose the base",
     )
-    adapter: tuple[str, ...] = Field(
-        default=(), description="name=path of a LoRA adapter requests can choose; may repeat"
-    )
     load_4bit: bool = Field(
         default=False, description="weights of the language model in 4 bits (bitsandbytes NF4)"
     )
@@ -55,11 +50,6 @@ class HfSettings(WorkerSettings):
         description="auto: requests decode together wherever the model allows it; off: each in a "
         "thread of its own, as in LLaVA",
     )
-    conv_template: str | None = Field(
-        default=None,
-        description="LLaVA's conversation template (vicuna_v1, llava_v1, llava_llama_2, plain, "
-        "...) for a checkpoint that brings none",
-    )
     device: str = Field(
         default="auto",
         description="cpu, cuda, cuda:1, mps, ...; auto: CUDA where there is one, else the CPU",
@@ -73,34 +63,8 @@ class HfSettings(WorkerSettings):
         default=False, description="run Python code that comes with the checkpoint"
     )
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _split_adapters(cls, value: object) -> object:
-        return value.split(",") if isinstance(value, str) else value
-
-    @field_validator("adapter")
-    @classmethod
-    def _named_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        names = [item.partition("=")[0] for item in value]
-        if any("=" not in item or not all(item.split("=", 1)) for item in value):
-            raise ValueError("give each adapter as name=path")
-        for name in names:
-            if name == BASE or not re.fullmatch(ADAPTER_NAME, name):
-                raise ValueError(
-                    f"an adapter cannot be called {name!r}; letters, digits, '.', '_' and '-' "
-                    f"make a name, and {BASE!r} is the model without an adapter"
-                )
-        if len(set(names)) < len(names):
-            raise ValueError("two adapters have one name")
-        return value
-
     @model_validator(mode="after")
     def _one_precision(self) -> HfSettings:
         if self.load_4bit and self.load_8bit:
             raise ValueError("--load-4bit and --load-8bit exclude each other")
         return self
-
-    @property
-    def adapters(self) -> dict[str, str]:
-        """Path by name of each ``--adapter``."""
-        return dict(item.split("=", 1) for item in self.adapter)

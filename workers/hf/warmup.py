@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from protocol.errors import EngineFailed, TandemError
 from protocol.messages import IMAGE_PLACEHOLDER, GenerateRequest
 from workers.answer import Answer
+from workers.files import one_line
 from workers.hf import failures
 from workers.hf.batch import Batch, Result
 from workers.hf.job import Job, advance, lengthened, on_device, prepare
@@ -65,7 +66,7 @@ def warm_up(model: HfModel, *, batching: bool) -> Warm:
         raise EngineFailed(f"The model loads but cannot answer: {exc.message}") from exc
     except Exception as exc:
         error = failures.as_typed(exc)
-        words = failures.one_line(exc)
+        words = one_line(exc)
         raise EngineFailed(
             f"The model loads but cannot answer: {error.message} {words}",
             remedy="Give it another --dtype or --device, or another checkpoint.",
@@ -97,7 +98,7 @@ def _why_unbatched(model: HfModel, jobs: Sequence[Job]) -> str | None:
     try:
         difference = _difference(model, jobs)
     except Exception as exc:  # noqa: BLE001 - any model may come here, and raise anything
-        return f"it failed in a batch: {failures.one_line(exc)}"
+        return f"it failed in a batch: {one_line(exc)}"
     # Precision rounds; a wrong mask or position changes the scores as a whole.
     if not difference < (0.001 if model.exact else 0.1):  # right ones: 1e-6, 0.015
         return f"its scores in a batch differ by {difference:.2g} from those alone"

@@ -11,9 +11,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from importlib import metadata
 from typing import Any
 
 import anyio
@@ -30,24 +29,25 @@ from protocol.events import Delta, Finished
 from protocol.messages import CacheStatus, Capabilities, GenerateRequest
 from transport.process import free_port
 from workers.answer import Answer, Reason
-from workers.engine import EngineInfo, Progress
+from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.images import Picture
+from workers.logprobs import token_logprob
 from workers.sglang import command
-from workers.sglang.checkpoint import Checkpoint, load
+from workers.sglang.adapters import Adapters, largest_rank
+from workers.sglang.checkpoint import Checkpoint, is_original, load
 from workers.sglang.client import AnswerTooLong, Chunk, SglangClient
 from workers.sglang.figures import CacheCount
 from workers.sglang.process import ServerProcess, TemporaryDirectory
-from workers.sglang.request import body_of, check
+from workers.sglang.request import GRAMMAR_BACKEND, body_of, check
+from workers.sglang.server import version
 from workers.sglang.settings import SglangSettings
+from workers.sglang.watch import Watch
 from workers.text import TextStream
 
 log = logging.getLogger(__name__)
 
-TESTED_VERSION = "0.5.23"
 READY_POLL_S = 0.1
-WATCH_S = 0.5
-LOST_AFTER = 2
-"""Looks in a row at which a server we did not start must be gone."""
+SILENCE_S = 300.0
 
 ABORT_AGAIN_AFTER_S = (0.01, 0.02, 0.03)
 
@@ -62,13 +62,12 @@ class SglangEngine:
         self._client: SglangClient | None = None
         self._process: ServerProcess | None = None
         self._checkpoint: Checkpoint | None = None
+        self._adapters = Adapters(settings)
         self._input_limit = 0  # tokens of prompt and resumed answer
         self._seeded = False
+        self._ours = False  # the server was started by a worker, this or another
         self._cache: CacheCount | None = None
-        self._running = 0
-        self._last_step_s = 0.0
-        self._failure: asyncio.Future[TandemError] | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
 
     # ---- life
 
@@ -79,14 +78,7 @@ class SglangEngine:
             EngineFailed: the model cannot be served; the message says what to do.
             OutOfMemory: it does not fit.
         """
-        self._failure = asyncio.get_running_loop().create_future()
-        loading = asyncio.create_task(
-            asyncio.to_thread(
-                load,
-                self._settings.model_path,
-                trust_remote_code=self._settings.trust_remote_code,
-            )
-        )
+        loading = asyncio.create_task(self._load())
         try:
             device = await self._reach_server(progress, loading)
             self._checkpoint = await loading
@@ -94,9 +86,49 @@ class SglangEngine:
             loading.cancel()
         assert self._client is not None
         server, model = await self._client.describe()
-        self._check_model(model)
-        self._watcher = asyncio.create_task(self._watch())
+        if self._process is None and (doubt := version.doubt(str(server["version"]))):
+            log.warning(doubt)
+        self._check_model(model, self._checkpoint)
+        await self._adapters.open(self._client, server)
+        await self._start_watch(self._client)
         return self._describe(self._checkpoint, server, model, device)
+
+    async def start_part(self, progress: Progress) -> None:
+        """Start a server that is one of several machines' and takes no requests.
+
+        Raises:
+            EngineFailed: it cannot do its part; the message says what to do.
+            OutOfMemory: it does not fit.
+        """
+        loading = asyncio.create_task(self._load())
+        try:
+            await self._reach_server(progress, loading)
+            await loading
+        finally:
+            loading.cancel()
+
+    async def part_ended(self) -> None:
+        """Wait for the end of a server started by ``start_part``.
+
+        Raises:
+            EngineFailed, OutOfMemory: it has ended.
+        """
+        assert self._process is not None
+        await self._process.wait()
+        raise self._process.failure()
+
+    async def _load(self) -> Checkpoint:
+        """The tokenizer; the adapters are read as well."""
+        checkpoint = await asyncio.to_thread(
+            load,
+            self._settings.model_path,
+            trust_remote_code=self._settings.trust_remote_code,
+            conv_template=self._settings.conv_template,
+            name=self._settings.name,
+        )
+        original = checkpoint.original
+        await asyncio.to_thread(self._adapters.prepare, original and original.config)
+        return checkpoint
 
     async def _reach_server(
         self, progress: Progress, loading: asyncio.Task[Checkpoint]
@@ -111,36 +143,64 @@ class SglangEngine:
                     remedy="Start it, or leave --sgl-endpoint out to have one started.",
                 )
             return None
-        _check_version()
+        version.check(version.installed())
         progress("starting the SGLang server")
         device = await asyncio.to_thread(command.pick_device, self._settings.device)
         dtype: str = self._settings.dtype
         if device == "cpu":
             dtype = command.cpu_dtype(dtype, command.cpu_flags())
+        adapter_rank = await asyncio.to_thread(largest_rank, self._settings)
         directory = await asyncio.to_thread(TemporaryDirectory)
         self._process = ServerProcess(directory)
+        served = await self._served(directory, loading)
         port = free_port()
         self._client = self._new_client(f"http://127.0.0.1:{port}")
         await self._process.start(
-            command.server_args(self._settings, device=device, dtype=dtype, port=port),
+            command.server_args(
+                served, device=device, dtype=dtype, port=port, adapter_rank=adapter_rank
+            ),
             command.server_environment(
                 os.environ, device=device, temporary=directory.path, parent_pid=os.getpid()
             ),
             progress,
         )
-        await self._until_ready(self._process, self._client, loading)
+        free_bytes = None
+        if device == "cpu":
+            free_bytes = await asyncio.to_thread(command.available_bytes)
+
+        def fits(checkpoint: Checkpoint) -> None:
+            tokens = command.cache_tokens(self._settings, device)
+            if tokens is not None:
+                command.check_cache_fits(checkpoint.cache_values, tokens, dtype, free_bytes)
+
+        await self._until_ready(self._process, self._client, loading, fits)
         return "cpu" if device == "cpu" else "cuda:0"
 
+    async def _served(
+        self, directory: TemporaryDirectory, loading: asyncio.Task[Checkpoint]
+    ) -> SglangSettings:
+        """The settings for the server, which loads a view of a checkpoint in LLaVA's format."""
+        if not await asyncio.to_thread(is_original, self._settings.model_path):
+            return self._settings
+        checkpoint = await asyncio.shield(loading)
+        assert checkpoint.original is not None
+        view = await asyncio.to_thread(checkpoint.original.write_view, directory.path)
+        return command.of_view(self._settings, view)
+
     async def _until_ready(
-        self, process: ServerProcess, client: SglangClient, loading: asyncio.Task[Checkpoint]
+        self,
+        process: ServerProcess,
+        client: SglangClient,
+        loading: asyncio.Task[Checkpoint],
+        fits: Callable[[Checkpoint], None],
     ) -> None:
         deadline_s = time.monotonic() + self._settings.start_timeout_s
         while not await client.ready():
             if not process.running:
                 await process.wait()
-                raise process.failure()
-            if loading.done():
-                loading.result()  # a checkpoint without a tokenizer need not be waited for
+                raise version.explain(process.failure(), version.installed())
+            if loading.done():  # one without a tokenizer or too large need not be waited for
+                fits(loading.result())
             if time.monotonic() > deadline_s:
                 raise EngineFailed(
                     f"The SGLang server is not ready after {self._settings.start_timeout_s:.0f} s.",
@@ -150,9 +210,15 @@ class SglangEngine:
         await process.ready()
 
     def _new_client(self, base_url: str) -> SglangClient:
-        return SglangClient(base_url, silence_s=self._settings.hang_timeout_s)
+        return SglangClient(base_url, silence_s=self._silence_s)
 
-    def _check_model(self, model: dict[str, Any]) -> None:
+    @property
+    def _silence_s(self) -> float:
+        """How long one answer may be without news of a server that takes steps: a long prompt
+        may take minutes."""
+        return max(SILENCE_S, self._settings.hang_timeout_s)
+
+    def _check_model(self, model: dict[str, Any], checkpoint: Checkpoint) -> None:
         if not model.get("is_generation", True):
             raise EngineFailed(f"{model['model_path']} does not generate text.")
         attached = self._settings.sgl_endpoint is not None
@@ -163,6 +229,13 @@ class SglangEngine:
                     remedy=f"Say so: --model-path {model['model_path']}",
                 )
             log.info("the endpoint calls its model %s", model["model_path"])
+        served = model.get("architectures") or ()
+        if checkpoint.original is not None and command.VIEW_ARCHITECTURE not in served:
+            raise EngineFailed(
+                f"{self._settings.model_path} is in LLaVA's original format, which another SGLang "
+                "server than Tandem's reads in its own way.",
+                remedy="Leave --sgl-endpoint out to have one started.",
+            )
 
     def _describe(
         self,
@@ -174,8 +247,12 @@ class SglangEngine:
         """What was started; notes what ``generate`` needs of it."""
         self._input_limit = server["max_req_input_len"]
         self._seeded = bool(server.get("enable_deterministic_inference"))
+        backend = server.get("grammar_backend")
+        self._ours = backend == GRAMMAR_BACKEND
+        # Speculative decoding chooses tokens elsewhere, and goes back in grammars.
+        speculative = server.get("speculative_algorithm") is not None
         if not server.get("disable_radix_cache"):
-            self._cache = CacheCount(server["max_total_num_tokens"])
+            self._cache = CacheCount(server["cache_tokens"])
         precision = server.get("quantization") or server["dtype"]
         return EngineInfo(
             capacity=server["capacity"],
@@ -185,8 +262,15 @@ class SglangEngine:
                 chat=checkpoint.apply_template is not None,
                 images=checkpoint.image_token is not None
                 and bool(model.get("has_image_understanding")),
+                # A grammar must be able to end an answer.
+                grammar=(self._ours or backend == "xgrammar")
+                and bool(checkpoint.eos_ids)
+                and not speculative,
+                # SGLang's own are those after penalties and grammar.
+                logprobs=self._ours and not speculative,
                 seed=self._seeded,
                 resume=True,
+                adapters=self._adapters.enabled,
             ),
             precision=checkpoint.precision if precision == "auto" else precision,
             device=device or str(server.get("device")),
@@ -194,72 +278,79 @@ class SglangEngine:
             versions={"sglang": str(server.get("version"))},
         )
 
+    async def _start_watch(self, client: SglangClient) -> None:
+        self._watch = Watch(
+            client,
+            self._process,
+            hang_timeout_s=self._settings.hang_timeout_s,
+            health_interval_s=self._settings.health_interval_s,
+        )
+        with suppress(DeadlineExceeded, UpstreamLost):  # which the watch takes up
+            await self._watch.look()
+        self._watch.start()
+
     async def failed(self) -> None:
         """Wait for the death of the server, or for it to hang.
 
         Raises:
             EngineFailed, OutOfMemory: it has died.
         """
-        assert self._failure is not None
-        raise await asyncio.shield(self._failure)
+        assert self._watch is not None
+        await self._watch.failed()
 
-    async def _watch(self) -> None:
-        """Notice the server's end: by its process, or by its silence."""
-        assert self._failure is not None
-        process = self._process
-        ended = None if process is None else asyncio.create_task(process.wait())
-        lost = 0
-        try:
-            while not self._failure.done():
-                if ended is None:
-                    await asyncio.sleep(WATCH_S)
-                    lost = lost + 1 if not await self._answers() else 0
-                else:
-                    await asyncio.wait([ended], timeout=WATCH_S)
-                    if ended.done() and process is not None:
-                        self._failure.set_result(process.failure())
-                        return
-                if lost >= LOST_AFTER:
-                    self._failure.set_result(
-                        EngineFailed(f"{self._settings.sgl_endpoint} does not answer any more.")
-                    )
-                elif self._silent_s() > self._settings.hang_timeout_s:
-                    self._failure.set_result(self._hung())
-        finally:
-            if ended is not None:
-                ended.cancel()
-
-    async def _answers(self) -> bool:
-        assert self._client is not None
-        return await self._client.ready()
-
-    def _silent_s(self) -> float:
-        return time.monotonic() - self._last_step_s if self._running else 0.0
-
-    def _hung(self) -> EngineFailed:
-        return EngineFailed(
-            f"The SGLang server has produced nothing for {self._settings.hang_timeout_s:.0f} s.",
-            remedy="If it only is slow, raise --hang-timeout-s.",
-        )
+    def load(self) -> EngineLoad:
+        """SGLang's own figures, up to half a second and 15 decode steps old."""
+        return EngineLoad() if self._watch is None else self._watch.load()
 
     def cache(self) -> CacheStatus | None:
-        return None if self._cache is None else self._cache.status()
+        if self._cache is None or self._watch is None:
+            return None
+        return self._cache.status(self._watch.held_tokens if self._ours else None)
+
+    async def flush_cache(self) -> None:
+        """Empty the prefix cache.
+
+        Raises:
+            Overloaded: requests run.
+            Unsupported: the server has none.
+            EngineFailed: it could not be done.
+        """
+        if self._cache is None or self._client is None or self._watch is None:
+            raise Unsupported("The SGLang server was started with --disable-radix-cache.")
+        await self._client.flush_cache()
+        self._cache.flushed()
+        await self._watch.until_flushed()
 
     def adapters(self) -> tuple[str, ...]:
-        return ()
+        """Those a request may choose now."""
+        return self._adapters.names
 
     async def load_adapter(self, name: str, path: str) -> None:
-        raise Unsupported("The sglang worker does not take adapters.")
+        """Have SGLang load a LoRA adapter, between two of its steps.
+
+        Raises:
+            InvalidRequest: the name is taken, or what is at ``path`` is no adapter of this model.
+            Unsupported: the server was started without room for adapters.
+            EngineFailed: SGLang cannot hold it.
+        """
+        await self._adapters.load(name, path)
 
     async def unload_adapter(self, name: str) -> None:
-        raise Unsupported("The sglang worker does not take adapters.")
+        """Let the answers that use it end, then free it.
+
+        Raises:
+            AdapterNotFound: it is not loaded.
+            Unsupported: the server was started without room for adapters.
+            EngineFailed: SGLang does not free it.
+        """
+        await self._adapters.unload(name)
 
     async def aclose(self) -> None:
         """Stop the server if it is ours; harmless when repeated or when ``start`` failed."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.wait([self._watcher])
-            self._watcher = None
+        if self._watch is not None:
+            await self._watch.aclose()
+            self._watch = None
+        await self._adapters.aclose()
         if self._client is not None:
             await self._client.aclose()
             self._client = None
@@ -275,6 +366,7 @@ class SglangEngine:
         """Yield ``Delta* Finished``; closing the generator aborts the request in the server.
 
         Raises:
+            AdapterNotFound: no such adapter is loaded.
             BadImage, ContextOverflow, InvalidRequest, Unsupported: the request cannot be served.
             Overloaded: the server's own queue is full.
             EngineFailed, OutOfMemory: it could not be served.
@@ -282,11 +374,11 @@ class SglangEngine:
         client, checkpoint = self._client, self._checkpoint
         if client is None or checkpoint is None:
             raise EngineFailed("The engine is not running.")
-        check(request)
+        check(request, seeded=self._seeded, ours=self._ours)
         ids = await asyncio.to_thread(checkpoint.encode, request)
         prompt_tokens = len(ids) - len(request.resume_token_ids)
         answer = Answer(
-            TextStream(checkpoint.decode, request.stop),
+            TextStream(checkpoint.decode, (*request.stop, *checkpoint.stops)),
             eos_ids=checkpoint.eos_ids,
             max_tokens=min(request.max_new_tokens, self._input_limit + 4 - prompt_tokens),
         )
@@ -301,11 +393,19 @@ class SglangEngine:
                 f"{self._input_limit}."
             )
         body = await asyncio.to_thread(
-            body_of, request, ids, images, max_new_tokens=answer.tokens_left, seeded=self._seeded
+            body_of,
+            request,
+            ids,
+            images,
+            max_new_tokens=answer.tokens_left,
+            seeded=self._seeded,
+            ours=self._ours,
+            eos_ids=checkpoint.eos_ids,
+            image_token_id=checkpoint.image_token_id,
         )
-        async with aclosing(self._chunks(client, body)) as chunks:
+        async with aclosing(self._adapted(client, body, request.adapter)) as chunks:
             async for chunk in chunks:
-                delta = _push(answer, chunk)
+                delta = _push(answer, chunk, checkpoint.spell)
                 if delta.token_ids:
                     yield delta
                 if answer.reason is not None:
@@ -318,6 +418,17 @@ class SglangEngine:
         if self._cache is not None:
             self._cache.count(chunk, answer.tokens - resumed)
         yield _finished(answer, answer.reason, prompt_tokens, cached_tokens=cached_tokens)
+
+    async def _adapted(
+        self, client: SglangClient, body: dict[str, Any], adapter: str | None
+    ) -> AsyncGenerator[Chunk]:
+        """The answer in chunks; ``adapter`` is not unloaded before its end."""
+        with self._adapters.using(adapter) as known:
+            if known is not None:
+                body = body | {"lora_path": known}
+            async with aclosing(self._chunks(client, body)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def _chunks(self, client: SglangClient, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
         """The answer in chunks; sent once more without a limit if only the limit is too large."""
@@ -337,26 +448,28 @@ class SglangEngine:
         """One request to the server, under an id of its own; aborted if it does not end."""
         rid = uuid.uuid4().hex
         ended = begun = False
-        if not self._running:
-            self._last_step_s = time.monotonic()
-        self._running += 1
+        watch = self._watch
+        assert watch is not None
         try:
-            async with aclosing(client.generate(body | {"rid": rid})) as chunks:
-                async for chunk in chunks:
-                    self._last_step_s = time.monotonic()
-                    begun = True
-                    ended = chunk.reason is not None
-                    yield chunk
+            with watch.request() as heard:
+                async with aclosing(client.generate(body | {"rid": rid})) as chunks:
+                    async for chunk in chunks:
+                        heard()
+                        begun = True
+                        ended = chunk.reason is not None
+                        yield chunk
         except DeadlineExceeded as exc:
-            raise self._hung() from exc
+            raise EngineFailed(
+                f"The SGLang server has produced nothing for {self._silence_s:g} s.",
+                remedy="If it only is slow, raise --hang-timeout-s.",
+            ) from exc
         except UpstreamLost as exc:
             ended = True
-            raise await self._lost(exc) from exc
+            raise await watch.reason(exc) from exc
         except (AnswerTooLong, TandemError):
             ended = True
             raise
         finally:
-            self._running -= 1
             if not ended:
                 # An id the server has not read yet cannot be aborted, so it may take several.
                 with anyio.move_on_after(1, shield=True), suppress(TandemError):
@@ -365,15 +478,8 @@ class SglangEngine:
                         await asyncio.sleep(pause_s)
                         await client.abort(rid)
 
-    async def _lost(self, exc: UpstreamLost) -> TandemError:
-        """Why the connection is gone: the server's own reason if it has died."""
-        assert self._failure is not None
-        with suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(self._failure), 1.0)
-        return EngineFailed(f"The SGLang server is lost: {exc.message}")
 
-
-def _push(answer: Answer, chunk: Chunk) -> Delta:
+def _push(answer: Answer, chunk: Chunk, spell: Callable[[list[int]], str]) -> Delta:
     """What of ``chunk`` belongs to ``answer``: nothing after its end."""
     text = ""
     taken = 0
@@ -384,7 +490,15 @@ def _push(answer: Answer, chunk: Chunk) -> Delta:
         taken += 1
     if answer.reason is None and chunk.reason is not None:
         text += answer.end("length" if chunk.reason == "length" else "stop")
-    return Delta(text=text, token_ids=chunk.token_ids[:taken])
+    logprobs = None
+    if chunk.logprobs is not None:
+        logprobs = tuple(
+            token_logprob(token_id, logprob, likeliest, spell)
+            for token_id, (logprob, likeliest) in zip(
+                chunk.token_ids[:taken], chunk.logprobs[:taken], strict=True
+            )
+        )
+    return Delta(text=text, token_ids=chunk.token_ids[:taken], logprobs=logprobs)
 
 
 def _finished(
@@ -396,15 +510,3 @@ def _finished(
         completion_tokens=answer.tokens,
         cached_tokens=cached_tokens,
     )
-
-
-def _check_version() -> None:
-    try:
-        version = metadata.version("sglang")
-    except metadata.PackageNotFoundError as exc:
-        raise EngineFailed(
-            "SGLang is not installed.",
-            remedy="Install Tandem's extra sglang, or use --sgl-endpoint or the HF worker.",
-        ) from exc
-    if version.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
-        log.warning("SGLang %s is installed; Tandem is tested with %s", version, TESTED_VERSION)

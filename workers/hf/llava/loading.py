@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+import transformers
 
 from protocol.errors import EngineFailed
-from workers.hf.llava import config, files, weights
-from workers.hf.llava.encoding import IMAGE_MARKS, IMAGE_TOKEN, Encoding
-from workers.hf.llava.images import Preparation
+from workers import files
+from workers.hf.llava.encoding import Encoding
+from workers.llava import config, weights
+from workers.llava.images import Preparation
+from workers.llava.text import IMAGE_TOKEN, Tokenization, conversation, load_tokenizer
 
 if TYPE_CHECKING:
     from workers.hf.model import Encode
-
-_PATCH_TOKEN = "<im_patch>"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,15 +54,13 @@ def load(
     settings = config.parse(files.read_json(folder / "config.json"))
     source, additions = _weights_of(folder, path, base)
     names = files.weight_files(source)
-    trained = settings.tower_trained and any(name.startswith(weights.TOWER) for name in names)
+    trained = config.holds_tower(settings, names)
     tower = files.tower(settings.tower, folder, weights=not trained)
-    tokenizer = _tokenizer(source, settings)
-    # The first id that neither the network nor the tokenizer has: no text can hold it, and no
-    # answer, for the head keeps its size.
-    image_token_id = max(settings.text.vocab_size, len(tokenizer))
-    network_class, network_config = config.network_config(
-        settings, _tower_config(tower), image_token_id
+    tokenize = Tokenization(load_tokenizer(source, settings), settings)
+    network_config = config.network_config(
+        settings, config.tower_config(tower), tokenize.image_token_id
     )
+    network_class = getattr(transformers, network_config.architectures[0])
     network, report = network_class.from_pretrained(
         source,
         config=network_config,
@@ -77,7 +74,7 @@ def load(
     )
     pending = weights.Pending.of(report)
     if not trained:
-        pending.put(network, _tower_weights(tower), tower)
+        pending.put(network, weights.of_tower(tower), tower)
     given = _projector(network, settings, names, pending)
     if additions is not None:
         given |= weights.without_prefixes(files.read_weights(additions))
@@ -87,16 +84,11 @@ def load(
     network.get_input_embeddings().register_forward_pre_hook(_within_vocabulary)
     return Original(
         network=network.eval(),
-        tokenizer=tokenizer,
-        encode=Encoding(
-            tokenizer,
-            Preparation(settings, network_config, tower),
-            image_token_id=image_token_id,
-            image_marks=settings.image_marks,
-        ),
+        tokenizer=tokenize.tokenizer,
+        encode=Encoding(tokenize, Preparation(settings, network_config, tower)),
         image_token=IMAGE_TOKEN,
-        image_token_id=image_token_id,
-        conversation=_conversation(settings, tokenizer),
+        image_token_id=tokenize.image_token_id,
+        conversation=conversation(settings, tokenize.tokenizer),
     )
 
 
@@ -129,38 +121,9 @@ def _weights_of(folder: Path, path: str, base: str | None) -> tuple[Path, Path |
     return source, None if found[0] == files.ADAPTER else folder / found[0]
 
 
-def _tower_config(tower: Path) -> CLIPVisionConfig:
-    kind = files.read_json(tower / "config.json").get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise EngineFailed(
-            f"The vision tower {tower} is a {kind}; LLaVA's checkpoints are served with CLIP's.",
-            remedy="Choose a checkpoint with a CLIP tower, or one transformers itself can load.",
-        )
-    return CLIPVisionConfig.from_pretrained(tower)
-
-
 def _dtype(wanted: torch.dtype | str, settings: config.Settings) -> torch.dtype | str:
     stored = getattr(torch, settings.dtype, None) if wanted == "auto" else None
     return stored if isinstance(stored, torch.dtype) else wanted
-
-
-def _tower_weights(tower: Path) -> weights.Weights:
-    """The weights of CLIP's vision half, named as the network's.
-
-    Raises:
-        EngineFailed: one is missing.
-    """
-    if not files.weight_files(tower):
-        raise EngineFailed(
-            f"The vision tower {tower} holds no weights.", remedy="Download it again, complete."
-        )
-    network, report = CLIPVisionModel.from_pretrained(
-        tower, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    pending = weights.Pending.of(report)
-    pending.strange.clear()  # the half for text
-    pending.check(tower)
-    return {f"model.vision_tower.{name}": weight for name, weight in network.state_dict().items()}
 
 
 def _projector(
@@ -188,55 +151,3 @@ def _projector(
 def _within_vocabulary(embedding: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Let the embedding look up a placeholder's id; features replace what it finds."""
     return (args[0].clamp(max=embedding.num_embeddings - 1), *args[1:])
-
-
-def _tokenizer(folder: Path, settings: config.Settings) -> Any:
-    """The tokenizer of ``folder``, with the marks around a picture if the model knows them.
-
-    Raises:
-        EngineFailed: a package to read it is missing, or the model was trained with the marks
-            and has no embedding for them.
-    """
-    file = folder / "tokenizer_config.json"
-    said = files.read_json(file) if file.is_file() else {}
-    how = {}
-    if (folder / "tokenizer.model").is_file():
-        if not ((folder / "tokenizer.json").is_file() or _reads_sentencepiece()):
-            raise EngineFailed(
-                f"The tokenizer of {folder} is SentencePiece's, which cannot be read.",
-                remedy="pip install sentencepiece protobuf",
-            )
-        # What such a tokenizer did before there were options; transformers' defaults changed.
-        how = {name: True for name in ("legacy", "add_bos_token") if name not in said}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
-    if settings.image_marks:
-        patch = [_PATCH_TOKEN] if settings.patch_token else []
-        tokenizer.add_tokens([*patch, *IMAGE_MARKS], special_tokens=True)
-        if max(tokenizer.convert_tokens_to_ids(list(IMAGE_MARKS))) >= settings.text.vocab_size:
-            raise EngineFailed(
-                f"mm_use_im_start_end is set, but the vocabulary of {folder} has no "
-                f"{' and '.join(IMAGE_MARKS)}.",
-                remedy="Give the config.json and the tokenizer it was trained with.",
-            )
-    return tokenizer
-
-
-def _reads_sentencepiece() -> bool:
-    return bool(is_sentencepiece_available() and is_protobuf_available())
-
-
-def _conversation(settings: config.Settings, tokenizer: Any) -> str | None:
-    """The template whose end of an answer is the tokenizer's, unless it brings one for pictures.
-
-    LLaVA's releases still carry their language model's own template, which knows no pictures.
-    """
-    if "image" in str(tokenizer.chat_template or ""):
-        return None
-    if tokenizer.eos_token == "<|im_end|>":
-        return "chatml_direct"
-    if tokenizer.eos_token != "</s>":
-        return None
-    if settings.model_type == "llava_mistral":
-        return "mistral_instruct"
-    # Before version 1.5, which brought the deeper projector, only the name tells.
-    return None if settings.projector == "linear" else "llava_v1"

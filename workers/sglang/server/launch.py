@@ -6,7 +6,9 @@ Started by ``workers.sglang.process``. SGLang's children are spawned and so impo
 again, under the name ``__mp_main__``; what must happen first in each of them happens here:
 
 * the process asks to die with its parent, so that no ``kill -9`` leaves one behind;
-* on a CPU (``SGLANG_USE_CPU_ENGINE=1``) ``sgl_kernel`` gets a stand-in if it cannot be loaded.
+* on a CPU (``SGLANG_USE_CPU_ENGINE=1``) ``sgl_kernel`` gets a stand-in if it cannot be loaded,
+  flashinfer, which is for GPUs, is not imported, and adapters are computed without pinned memory;
+* what SGLang does otherwise than the protocol says is changed (``hooks``).
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ from collections.abc import Sequence
 
 PARENT_PID = "TANDEM_SGLANG_PARENT_PID"
 """Environment variable: who started the server."""
+
+CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
+"""Environment variable of SGLang: compute on the CPU."""
+
+EXTENSIONS = ("SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_EXTERNAL_MM_PROCESSOR_PACKAGE")
+"""Environment variables: packages of ours that SGLang imports."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -34,6 +42,18 @@ def die_with_parent(parent_pid: int) -> None:
             os._exit(1)
 
 
+def with_torch_attention(args: Sequence[str]) -> list[str]:
+    """``args`` with PyTorch's attention for SGLang's own choice, which is its AMX kernels."""
+    chosen = any(arg.split("=")[0] == "--attention-backend" for arg in args)
+    return list(args) if chosen else ["--attention-backend", "torch_native", *args]
+
+
+def _has_amx_kernels() -> bool:
+    from sglang.srt.utils import cpu_has_amx_support
+
+    return bool(cpu_has_amx_support())
+
+
 def serve(argv: Sequence[str]) -> None:
     """Run the server until it is told to stop."""
     from sglang.launch_server import run_server
@@ -41,9 +61,18 @@ def serve(argv: Sequence[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from workers.sglang.server import hooks, version
+
     load_plugins()
+    hooks.allow_backend()
+    args = list(argv)
+    if os.environ.get(CPU_ENGINE) == "1" and not _has_amx_kernels():
+        args = with_torch_attention(args)
     try:
-        run_server(prepare_server_args(list(argv)))
+        settings = prepare_server_args(args)
+        if version.compare(version.installed() or ""):
+            version.import_all(filter(None, map(os.environ.get, EXTENSIONS)))
+        run_server(settings)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 
@@ -57,9 +86,13 @@ if __name__ in ("__main__", "__mp_main__"):
         parent = multiprocessing.parent_process()
         if parent is not None and parent.pid is not None:
             die_with_parent(parent.pid)
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-        from workers.sglang.server.cpu import finder
+    if os.environ.get(CPU_ENGINE) == "1":
+        from workers.sglang.server.cpu import finder, lora
 
         finder.install()
+        lora.install()
+    from workers.sglang.server import hooks
+
+    hooks.install()
 if __name__ == "__main__":
     serve(sys.argv[1:])

@@ -22,6 +22,8 @@ PACKAGE = "sgl_kernel"
 
 def install() -> None:
     """Put the finder in front of all others, once."""
+    # A second of imports in each process; all of it is for GPUs. None: as if not installed.
+    sys.modules.setdefault("flashinfer", None)  # type: ignore[arg-type]
     if PACKAGE not in sys.modules and not any(isinstance(f, _Finder) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

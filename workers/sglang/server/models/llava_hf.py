@@ -29,12 +29,18 @@ LANGUAGE_MODELS = {
     "qwen2": ("sglang.srt.models.qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("sglang.srt.models.qwen3", "Qwen3ForCausalLM"),
 }
-# The names of transformers 5 to ours, which are those of transformers 4.
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
+# The names of weights in checkpoints to ours, tried in order.
 RENAMES = (
+    # transformers 5; ours are those of transformers 4
     (re.compile(r"^model\.language_model\."), "language_model.model."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
-    (re.compile(r"^model\.(vision_tower|multi_modal_projector)\."), r"\1."),
+    (re.compile(r"^model\.(vision_tower|multi_modal_projector|image_newline)\b"), r"\1"),
+    # except for this level, which releases of both have and have not
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
 )
+# No picture passes through these, so a checkpoint may have them or not.
+UNUSED = re.compile(r"^vision_tower\.(post_layernorm|head)\.|\.position_ids$")
 LORA_TARGETS = re.compile(
     r"^language_model\.model\.layers\.(\d+)\."
     r"(?:self_attn|mlp)\.(?:qkv_proj|o_proj|down_proj|gate_up_proj)"
@@ -47,11 +53,9 @@ class LlavaForConditionalGeneration(nn.Module):
     def __init__(self, config, quant_config=None, prefix=""):
         super().__init__()
         text = config.text_config
-        if text.model_type not in LANGUAGE_MODELS:
-            raise ValueError(
-                f"LLaVA with a {text.model_type} language model is not served by the SGLang "
-                f"worker (only {', '.join(LANGUAGE_MODELS)}); use the HF worker."
-            )
+        _check_parts(config)
+        # transformers reads this from the whole model's configuration, SGLang from the part's.
+        text.tie_word_embeddings = config.tie_word_embeddings or text.tie_word_embeddings
         module, name = LANGUAGE_MODELS[text.model_type]
         self.config = config
         self.language_model = getattr(importlib.import_module(module), name)(
@@ -76,19 +80,23 @@ class LlavaForConditionalGeneration(nn.Module):
 
     def get_image_feature(self, items):
         """Embed the pictures: [image tokens, hidden size], in order."""
-        weight = self.multi_modal_projector.linear_1.weight
-        features = []
-        for item in items:
-            pixels = torch.as_tensor(item.feature).to(device=weight.device, dtype=weight.dtype)
-            if pixels.dim() == 3:
-                pixels = pixels[None]
-            states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
-            layers = self.config.vision_feature_layer
-            layers = [layers] if isinstance(layers, int) else layers
-            first = 1 if self.config.vision_feature_select_strategy == "default" else 0
-            chosen = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
-            features.append(self.multi_modal_projector(chosen).flatten(0, 1))
-        return torch.cat(features)
+        return torch.cat([self.embed_picture(item) for item in items])
+
+    def embed_picture(self, item):
+        """Embed one picture: [its tokens, hidden size]."""
+        return self.project(item.feature).flatten(0, 1)
+
+    def project(self, pixels):
+        """What the language model sees of views [views, channels, height, width] of a picture:
+        [views, patches, hidden size]."""
+        weight = next(self.vision_tower.parameters())
+        pixels = torch.as_tensor(pixels).to(device=weight.device, dtype=weight.dtype)
+        states = self.vision_tower(pixels, output_hidden_states=True).hidden_states
+        layers = self.config.vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
+        first = 1 if self.config.vision_feature_select_strategy == "default" else 0
+        chosen = torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+        return self.multi_modal_projector(chosen)
 
     @torch.no_grad()
     def forward(self, input_ids, positions, forward_batch, get_embedding=False, **_kwargs):
@@ -101,21 +109,42 @@ class LlavaForConditionalGeneration(nn.Module):
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]):
-        own = dict(self.named_parameters())
+        own = {
+            _renamed(name): parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("language_model.")
+        }
+        missing = {name for name in own if not UNUSED.search(name)}
         language = []
         for name, weight in weights:
-            for pattern, replacement in RENAMES:
-                name = pattern.sub(replacement, name)
+            name = _renamed(name)
             if name.startswith("language_model."):
                 language.append((name.removeprefix("language_model."), weight))
-                continue
-            if name not in own:  # transformers 5 dropped this level
-                name = name.replace("vision_tower.vision_model.", "vision_tower.")
-            if name not in own and "position_ids" in name:
-                continue
-            parameter = own[name]
-            getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+            elif name in own or not UNUSED.search(name):
+                parameter = own[name]
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
+                missing.discard(name)
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise ValueError(f"The checkpoint lacks {len(missing)} weights: {some}")
         self.language_model.load_weights(language)
+
+
+def _renamed(name):
+    for pattern, replacement in RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _check_parts(config):
+    """Raises ValueError: a part of the model is one that this class does not know."""
+    parts = ((config.text_config, LANGUAGE_MODELS), (config.vision_config, VISION_TOWERS))
+    for part, known in parts:
+        if part.model_type not in known:
+            raise ValueError(
+                f"LLaVA with a {part.model_type} is not served by the SGLang worker (only "
+                f"{', '.join(known)}); use the HF worker."
+            )
 
 
 EntryClass = [LlavaForConditionalGeneration]

@@ -1,33 +1,33 @@
-"""What the configuration of a checkpoint in LLaVA's original format says."""
+"""What the configuration of a checkpoint in LLaVA's original format says.
+
+transformers is imported where it is needed: to tell the format needs none of it.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
-)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from protocol.errors import EngineFailed
+from workers import files
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig
 
 # "llava" is what checkpoints were called before there was more than one language model.
 _LANGUAGE_MODELS = {
-    "llava": LlamaConfig,
-    "llava_llama": LlamaConfig,
-    "llava_mistral": MistralConfig,
-    "llava_qwen": Qwen2Config,
+    "llava": "LlamaConfig",
+    "llava_llama": "LlamaConfig",
+    "llava_mistral": "MistralConfig",
+    "llava_qwen": "Qwen2Config",
 }
+TOWER = "model.vision_tower."
+"""How the names of the vision tower's weights begin."""
+
 _SELECTED = {"patch": "default", "cls_patch": "full"}
 _PROJECTOR = re.compile(r"linear|identity|mlp[1-9]\d*x_gelu")
 _REMEDY = (
@@ -51,7 +51,7 @@ class Settings:
     model_type: str
     text: Any  # transformers' configuration of the language model
     tower: str  # hub id or directory
-    tower_trained: bool  # its weights are in the checkpoint
+    tower_trained: bool  # its weights should be in the checkpoint
     feature_layer: int
     feature_selection: str  # transformers' word: "default" or "full"
     projector: str  # "linear", "identity" or "mlp2x_gelu" with any number
@@ -68,6 +68,8 @@ def parse(config: Mapping[str, Any]) -> Settings:
     Raises:
         EngineFailed: it asks for what these classes cannot compute.
     """
+    import transformers
+
     aspect = config.get("image_aspect_ratio") or "square"
     model_type = str(config.get("model_type"))
     selection = config.get("mm_vision_select_feature", "patch")
@@ -77,12 +79,14 @@ def parse(config: Mapping[str, Any]) -> Settings:
     _require("image_aspect_ratio", aspect, aspect in ("square", "pad", "anyres"))
     _require("mm_vision_select_feature", selection, selection in _SELECTED)
     _require("mm_projector_type", projector, _PROJECTOR.fullmatch(str(projector)) is not None)
-    _require("mm_patch_merge_type", merge, aspect != "anyres" or merge == "spatial_unpad")
+    if aspect == "anyres":
+        _require("mm_patch_merge_type", merge, merge == "spatial_unpad")
+        _require("mm_vision_select_feature", selection, selection == "patch")
     for name in ("s2", "mm_resampler_type"):
         _require(name, config.get(name), not config.get(name))
     return Settings(
         model_type=model_type,
-        text=_text_config(_LANGUAGE_MODELS[model_type], config),
+        text=_text_config(getattr(transformers, _LANGUAGE_MODELS[model_type]), config),
         tower=config["mm_vision_tower"],
         tower_trained=bool(config.get("unfreeze_mm_vision_tower")),
         feature_layer=config.get("mm_vision_select_layer", -2),
@@ -96,10 +100,16 @@ def parse(config: Mapping[str, Any]) -> Settings:
     )
 
 
-def network_config(
-    settings: Settings, tower: CLIPVisionConfig, image_token_id: int
-) -> tuple[Any, Any]:
-    """The class of the network and its configuration."""
+def holds_tower(settings: Settings, names: Iterable[str]) -> bool:
+    """Whether the vision tower's weights are the checkpoint's own, whose weights have ``names``;
+    LLaVA does not look at them unless they were trained."""
+    return settings.tower_trained and any(name.startswith(TOWER) for name in names)
+
+
+def network_config(settings: Settings, tower: CLIPVisionConfig, image_token_id: int) -> Any:
+    """transformers' configuration of the network, whose ``architectures`` names its class."""
+    from transformers import LlavaConfig, LlavaNextConfig
+
     full = settings.feature_selection == "full"
     common = {
         "text_config": settings.text,
@@ -112,10 +122,29 @@ def network_config(
         "tie_word_embeddings": settings.text.tie_word_embeddings,
     }
     if not settings.resolutions:
-        return LlavaForConditionalGeneration, LlavaConfig(**common)
+        return LlavaConfig(architectures=["LlavaForConditionalGeneration"], **common)
     # transformers writes the height first.
     grid = [[height, width] for width, height in settings.resolutions]
-    return LlavaNextForConditionalGeneration, LlavaNextConfig(image_grid_pinpoints=grid, **common)
+    return LlavaNextConfig(
+        architectures=["LlavaNextForConditionalGeneration"], image_grid_pinpoints=grid, **common
+    )
+
+
+def tower_config(tower: Path) -> CLIPVisionConfig:
+    """The configuration of the vision tower in ``tower``.
+
+    Raises:
+        EngineFailed: it is not there, or not CLIP's.
+    """
+    from transformers import CLIPVisionConfig
+
+    kind = files.read_json(tower / "config.json").get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise EngineFailed(
+            f"The vision tower {tower} is a {kind}; LLaVA's checkpoints are served with CLIP's.",
+            remedy="Choose a checkpoint with a CLIP tower, or one transformers itself can load.",
+        )
+    return CLIPVisionConfig.from_pretrained(tower)
 
 
 def _require(name: str, value: object, supported: bool) -> None:

@@ -1,5 +1,6 @@
 """Answers that keep to a JSON schema or a regex: what may come next, token by token.
 
+Shared by the kinds that choose tokens with torch, so that the same may come next in each.
 xgrammar is imported with the first request that needs it: 0.3 s and 22 MB on top of torch and
 transformers, and most workers never serve one.
 """
@@ -10,14 +11,14 @@ import codecs
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from protocol.errors import InvalidRequest, Unsupported
 from protocol.messages import SamplingParams
-from workers.hf.grammar_limits import check_regex, check_schema
+from workers.grammar_limits import check_regex, check_schema
 from workers.text import REPLACEMENT
 
 CACHE_BYTES = 64 << 20  # of compiled grammars; one takes 0.1 to 10 MB
@@ -50,36 +51,45 @@ class Grammar:
         *,
         width: int,
         ends: bool,
-        barred_first: torch.Tensor | None,
-        barred_after: Mapping[int, torch.Tensor],
+        kept_first: torch.Tensor | None,
+        kept_after: Mapping[int, torch.Tensor],
     ) -> None:
         self._matcher = matcher
-        self._barred_after = barred_after  # by token id: the ids that break its last character
-        self._barred = barred_first
+        self._kept_after = kept_after  # by token id: words without what breaks its last character
+        self._kept = kept_first
         self._words = words  # [1, ceil(width / 32)] int32 on the CPU, a bit for each token
         self._width = width
         self._has_end_tokens = ends
         self.ended = False
         self._look_for_end()
 
-    def mask(self, scores: torch.Tensor) -> None:
-        """Set the scores ``[V]`` or ``[1, V]`` of what may not come next to -inf, in place.
+    def words(self) -> torch.Tensor:
+        """What may come next [ceil(V / 32)], int32 on the CPU: a bit for each token, lowest first.
+
+        The tensor is the grammar's own and changes with it.
 
         Raises:
             InvalidRequest: nothing may come next, because this vocabulary cannot spell it, or
                 the grammar is too ambiguous to be followed.
         """
         self._fill()
-        if not self._words.any():
+        words = self._words[0]
+        if self._kept is not None:
+            words &= self._kept
+        if not words.any():
             raise _unspellable()
-        words = self._words[0].to(scores.device)
+        return words
+
+    def mask(self, scores: torch.Tensor) -> None:
+        """Set the scores ``[V]`` or ``[1, V]`` of what may not come next to -inf, in place.
+
+        Raises:
+            InvalidRequest: as ``words``.
+        """
+        words = self.words().to(scores.device)
         # Not xgrammar's own function: on an accelerator it compiles a kernel first.
         bits = 1 << torch.arange(32, dtype=torch.int32, device=words.device)
         forbidden = (words[:, None] & bits).eq(0).view(-1)[: self._width]
-        if self._barred is not None:
-            forbidden[self._barred.to(scores.device)] = True
-            if forbidden.all():
-                raise _unspellable()
         scores.masked_fill_(forbidden, float("-inf"))
 
     def accept(self, token_id: int) -> None:
@@ -96,7 +106,7 @@ class Grammar:
                 f"Token {token_id} does not fit the grammar of the request.",
                 remedy="Resume with the tokens that the same model gave for the same grammar.",
             )
-        self._barred = self._barred_after.get(token_id)
+        self._kept = self._kept_after.get(token_id)
         self._look_for_end()
 
     def _look_for_end(self) -> None:
@@ -139,8 +149,8 @@ class Grammars:
         self._eos_ids = sorted(i for i in eos_ids if i < logits_width)
         self._never = frozenset(never)
         self._compiler: Any = None
-        self._barred_first: torch.Tensor | None = None
-        self._barred_after: dict[int, torch.Tensor] = {}
+        self._kept_first: torch.Tensor | None = None
+        self._kept_after: dict[int, torch.Tensor] = {}
         self._starting = threading.Lock()
 
     def compile(self, request: SamplingParams) -> Grammar | None:
@@ -176,11 +186,11 @@ class Grammars:
             xgrammar.allocate_token_bitmask(1, self._width),
             width=self._width,
             ends=bool(self._eos_ids),
-            barred_first=self._barred_first,
-            barred_after=self._barred_after,
+            kept_first=self._kept_first,
+            kept_after=self._kept_after,
         )
         if not grammar.ended:
-            grammar.mask(torch.zeros(self._width))  # what cannot begin is refused here
+            grammar.words()  # what cannot begin is refused here
         return grammar
 
     def _started(self) -> Any:
@@ -189,8 +199,9 @@ class Grammars:
                 import xgrammar
 
                 spelling = self._spelling()
-                self._barred_first = self._lost_at_the_start(spelling)
-                self._barred_after = _barred_after(spelling)
+                lost = self._lost_at_the_start(spelling)
+                self._kept_first = self._without(lost) if lost else None
+                self._kept_after = _kept_after(spelling, self._without)
                 vocabulary = xgrammar.TokenizerInfo(
                     spelling,
                     xgrammar.VocabType.RAW,
@@ -228,12 +239,20 @@ class Grammars:
         self._check(spelling)
         return [text if _is_part_of_utf8(text) else b"" for text in spelling]
 
-    def _lost_at_the_start(self, spelling: list[bytes]) -> torch.Tensor | None:
+    def _lost_at_the_start(self, spelling: list[bytes]) -> list[int]:
         """The tokens that begin with a space, if the decoder drops the first space."""
         spaced = [i for i, text in enumerate(spelling) if text.startswith(b" ")]
         if not spaced or self._tokenizer.decode(spaced[:1]).startswith(" "):
-            return None
-        return torch.tensor(spaced)
+            return []
+        return spaced
+
+    def _without(self, token_ids: Iterable[int]) -> torch.Tensor:
+        """Words [ceil(V / 32)] with the bits of all tokens but these."""
+        words = [-1] * ((self._width + 31) // 32)
+        for token_id in token_ids:
+            words[token_id // 32] &= ~(1 << token_id % 32)
+        # Python's numbers have no sign bit.
+        return torch.tensor(words, dtype=torch.int64).to(torch.int32)
 
     def _check(self, spelling: list[bytes]) -> None:
         """See that the tokenizer reads tokens as xgrammar guessed from its vocabulary."""
@@ -259,13 +278,15 @@ def _is_part_of_utf8(text: bytes) -> bool:
     return True
 
 
-def _barred_after(spelling: list[bytes]) -> dict[int, torch.Tensor]:
+def _kept_after(
+    spelling: list[bytes], without: Callable[[Iterable[int]], torch.Tensor]
+) -> dict[int, torch.Tensor]:
     by_first: dict[int, list[int]] = {}
     for token_id, text in enumerate(spelling):
         if text and 0x80 <= text[0] < 0xC0:
             by_first.setdefault(text[0], []).append(token_id)
     by_lead = {
-        lead: torch.tensor([i for second in seconds for i in by_first.get(second, ())]).long()
+        lead: without(i for second in seconds for i in by_first.get(second, ()))
         for lead, seconds in _NO_SECOND.items()
     }
     return {

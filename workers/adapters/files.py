@@ -19,62 +19,22 @@ from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from protocol.errors import EngineFailed
-from workers.hf.changes import Change, LowRank, Whole, features
-from workers.hf.failures import one_line
-from workers.hf.layer_names import LayerNames
-from workers.hf.llava.files import local, read_json, read_weights
+from workers.adapters.changes import Change, LowRank, Whole, features
+from workers.adapters.config import SERVE_MERGED, WEIGHTS, config_of
+from workers.adapters.layer_names import LayerNames
+from workers.files import ADAPTER, one_line, read_weights
 
 log = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 LLAVA_WEIGHTS = "non_lora_trainables.bin"
 """What LLaVA's training changed beside the adapter's layers: the projector, as a rule."""
-
-# fmt: off
-_UNDERSTOOD = frozenset(
-    [
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-        "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
-        "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-        "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
-        "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version",
-        "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-        "target_modules", "task_type", "use_rslora",
-    ]
-)
-# fmt: on
-"""Fields that are followed here, or that only training needs; any other one that is set changes
-the computation in a way unknown here."""
-
-_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 
 _ROUNDING = 2**-8
 """The step of bfloat16: weights that differ by less are the same, saved in another precision."""
 
 _LOW_RANK = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
-_SERVE_MERGED = "Merge it into its base with PEFT and serve the result with --model-path."
 
 _KEY = re.compile(r"(?P<layer>.+?)\.(?:(?P<part>lora_[AB])(?:\.\w+)?\.)?(?P<kind>weight|bias)")
-
-
-def fetch(path: str) -> str:
-    """The directory of the adapter at ``path``, a directory or a hub id.
-
-    Raises:
-        EngineFailed: it is neither here nor to be had.
-    """
-    return str(local(str(Path(path).expanduser()), "adapter"))
-
-
-def base_of(config: str) -> str | None:
-    """What the adapter with this config file was trained over, in its own words.
-
-    Raises:
-        EngineFailed: the file cannot be read.
-    """
-    named: str | None = read_json(Path(config)).get("base_model_name_or_path")
-    return named
 
 
 def read(network: Any, path: str) -> dict[str, Change]:
@@ -86,15 +46,8 @@ def read(network: Any, path: str) -> dict[str, Change]:
         EngineFailed: it is not there, it is broken, it does not fit ``network``, or it is of a
             type that requests cannot choose one by one.
     """
-    directory = Path(fetch(path))
-    if not (directory / CONFIG).is_file():
-        raise EngineFailed(
-            f"{path} holds no {CONFIG}, so it is no LoRA adapter.",
-            remedy=f"Give a directory with PEFT's {CONFIG} and {WEIGHTS[0]}.",
-        )
+    directory, config = config_of(path)
     try:
-        config = read_json(directory / CONFIG)
-        _check_type(path, config)
         fitting = _Fitting(network, path, config)
         weights = read_weights(_weights_file(directory))
         if (directory / LLAVA_WEIGHTS).is_file():
@@ -106,34 +59,13 @@ def read(network: Any, path: str) -> dict[str, Change]:
         log.debug("the adapter cannot be read", exc_info=True)
         raise EngineFailed(
             f"The adapter {path} cannot be read: {one_line(exc)}.",
-            remedy=f"Give a directory with PEFT's {CONFIG} and {WEIGHTS[0]}, complete.",
+            remedy=f"Give a directory with PEFT's {ADAPTER} and {WEIGHTS[0]}, complete.",
         ) from exc
 
 
 def _weights_file(directory: Path) -> Path:
     safe, pickled = (directory / name for name in WEIGHTS)
     return pickled if pickled.is_file() and not safe.is_file() else safe
-
-
-def _check_type(path: str, config: Mapping[str, Any]) -> None:
-    """Raise unless this is LoRA with nothing to it that is unknown here."""
-    kind = config.get("peft_type")
-    init = config.get("init_lora_weights")
-    strange = sorted(name for name, value in config.items() if value and name not in _UNDERSTOOD)
-    if kind != "LORA":
-        reason = f"is of PEFT's type {kind}"
-    elif strange:
-        reason = f"uses PEFT's {', '.join(strange)}"
-    elif init not in _INITS_THAT_KEEP_THE_BASE:
-        reason = f"was trained beside weights that {init} had changed"
-    elif config.get("bias", "none") != "none":
-        reason = f"brings biases of its own (bias={config['bias']})"
-    else:
-        return
-    raise EngineFailed(
-        f"The adapter {path} {reason}; only plain LoRA can be chosen by each request.",
-        remedy=_SERVE_MERGED,
-    )
 
 
 class _Fitting:
@@ -158,6 +90,8 @@ class _Fitting:
         own = getattr(self._modules.get(self._names.find(_plain(layer)) or ""), part, None)
         if not isinstance(own, Tensor) or own.shape != tensor.shape:
             return False
+        if own.is_meta:  # a network without weights: it is taken for the one that was adapted
+            return True
         own, tensor = own.detach().cpu().float(), tensor.float()
         return torch.allclose(own, tensor, rtol=_ROUNDING, atol=0)
 
@@ -173,7 +107,7 @@ class _Fitting:
                 continue
             match = _KEY.fullmatch(key)
             if match is None:
-                raise self._misfit(f"{key} is nothing that can be changed", _SERVE_MERGED)
+                raise self._misfit(f"{key} is nothing that can be changed", SERVE_MERGED)
             layer = self._layer(_plain(match["layer"]))
             part = f"{match['part'] or 'own'}.{match['kind']}"
             parts.setdefault(layer, {})[part] = tensor.float()
@@ -191,7 +125,7 @@ class _Fitting:
         uncalled = isinstance(module, NonDynamicallyQuantizableLinear)
         # Experts get tokens of several requests in one, by which rows cannot be told.
         if uncalled or re.search(r"\bexperts\.\d", found) or features(module) is None:
-            raise self._misfit(f"{found} is no plain linear layer", _SERVE_MERGED)
+            raise self._misfit(f"{found} is no plain linear layer", SERVE_MERGED)
         self._filed[found] = name
         return found
 

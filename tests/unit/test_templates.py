@@ -1,6 +1,6 @@
-"""workers.hf.templates: LLaVA's conversations, to the character; the strings are LLaVA's.
+"""workers.templates: LLaVA's conversations, to the character; the strings are LLaVA's.
 
-pytest tests/unit/test_hf_templates.py
+pytest tests/unit/test_templates.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jinja2
 import pytest
 
 from protocol.errors import EngineFailed
-from workers.hf import templates
+from workers import templates
 
 HUMAN = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "

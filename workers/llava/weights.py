@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPVisionModel
 
 from protocol.errors import EngineFailed
+from workers import files
 
 Weights = dict[str, torch.Tensor]
 
 PROJECTOR = "model.mm_projector."
-TOWER = "model.vision_tower."
-"""How the names of these weights begin in the original format."""
+"""How the names of the projector's weights begin in the original format."""
 
 # Buffers that older versions saved, and the end of a row of tiles where there are no tiles.
-_UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.image_newline$")
+UNUSED = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|^model\.image_newline$")
 
 
 def renames(projector: str) -> dict[str, str]:
@@ -38,14 +40,16 @@ def renames(projector: str) -> dict[str, str]:
 
 def renamed(weights: Mapping[str, torch.Tensor], patterns: Mapping[str, str]) -> Weights:
     """``weights`` under their new names."""
-    found = {}
-    for name, weight in weights.items():
-        for pattern, new in patterns.items():
-            name, changed = re.subn(pattern, new, name)
-            if changed:
-                break
-        found[name] = weight
-    return found
+    return {new_name(name, patterns): weight for name, weight in weights.items()}
+
+
+def new_name(name: str, patterns: Mapping[str, str]) -> str:
+    """``name`` as the first of ``patterns`` that fits it has it."""
+    for pattern, new in patterns.items():
+        name, changed = re.subn(pattern, new, name)
+        if changed:
+            break
+    return name
 
 
 def is_stock(projector: str) -> bool:
@@ -73,6 +77,25 @@ def build_projector(kind: str, vision_size: int, text_size: int) -> nn.Module:
     for _ in range(1, int(kind.removeprefix("mlp").removesuffix("x_gelu"))):
         layers += [nn.GELU(), nn.Linear(text_size, text_size)]
     return nn.Sequential(*layers)
+
+
+def of_tower(tower: Path) -> Weights:
+    """The weights of CLIP's vision half, named as the network's.
+
+    Raises:
+        EngineFailed: one is missing.
+    """
+    if not files.weight_files(tower):
+        raise EngineFailed(
+            f"The vision tower {tower} holds no weights.", remedy="Download it again, complete."
+        )
+    network, report = CLIPVisionModel.from_pretrained(
+        tower, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    pending = Pending.of(report)
+    pending.strange.clear()  # the half for text
+    pending.check(tower)
+    return {f"model.vision_tower.{name}": weight for name, weight in network.state_dict().items()}
 
 
 def without_prefixes(weights: Mapping[str, torch.Tensor]) -> Weights:
@@ -113,7 +136,7 @@ class Pending:
         for name, weight in weights.items():
             if name in own and own[name].shape == weight.shape:
                 own[name].data.copy_(weight)
-            elif name in own or not _UNUSED.search(name):
+            elif name in own or not UNUSED.search(name):
                 has = f"{tuple(own[name].shape)}" if name in own else "nothing"
                 raise EngineFailed(
                     f"{source} holds {name} of shape {tuple(weight.shape)}; the model of its "
@@ -128,7 +151,7 @@ class Pending:
         Raises:
             EngineFailed: a weight of the network is missing, or one of ``source`` has no place.
         """
-        strange = {name for name in self.strange if not _UNUSED.search(name)}
+        strange = {name for name in self.strange if not UNUSED.search(name)}
         if self.missing:
             raise EngineFailed(
                 f"The checkpoint {source} lacks {len(self.missing)} of its weights or has them in "

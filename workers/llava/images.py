@@ -17,7 +17,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from protocol.errors import EngineFailed
-from workers.hf.llava.config import Settings
+from workers.llava.config import Settings
 
 SQUARE_SIDE = 8192
 """Pixels; a picture whose square would be wider is scaled down first."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.errors import EngineFailed
+from workers.prompts import ApplyTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,34 @@ def template(name: str) -> Conversation:
         )
     chat_template, stop = conversation
     return Conversation(name, chat_template, (stop,))
+
+
+def choose(
+    asked: str | None, *, trained_with: str | None, guess: str | None, brings_one: bool
+) -> Conversation | None:
+    """The conversation of a checkpoint: the one that was asked for or that it was trained with;
+    else its own chat template (``None``), or, where it brings none, a guess.
+
+    Raises:
+        EngineFailed: there is none of the name that was asked for.
+    """
+    name = asked or trained_with or (None if brings_one else guess)
+    return None if name is None else template(name)
+
+
+def renderer(conversation: Conversation, tokenizer: Any) -> ApplyTemplate:
+    """What renders turns as ``conversation`` does."""
+
+    def apply(turns: list[dict[str, Any]]) -> str:
+        text: str = tokenizer.apply_chat_template(
+            turns,
+            chat_template=conversation.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return text
+
+    return apply
 
 
 def for_model(name: str) -> str:

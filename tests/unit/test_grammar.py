@@ -25,9 +25,9 @@ from transformers import (  # noqa: E402
 
 from protocol.errors import InvalidRequest, Unsupported  # noqa: E402
 from protocol.messages import SamplingParams  # noqa: E402
-from workers.hf import grammar  # noqa: E402
-from workers.hf.grammar import Grammar, Grammars  # noqa: E402
-from workers.hf.grammar_limits import check_regex, check_schema  # noqa: E402
+from workers import grammar  # noqa: E402
+from workers.grammar import Grammar, Grammars  # noqa: E402
+from workers.grammar_limits import check_regex, check_schema  # noqa: E402
 
 MODEL = str(Path(__file__).parents[2] / "models" / "pocket-llava")
 WIDTH, EOS, IMAGE = 2048, 2, 3

@@ -6,14 +6,15 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from protocol.errors import EngineFailed
-from workers.hf.failures import one_line
+
+if TYPE_CHECKING:
+    import torch
 
 ADDITIONS = ("non_lora_trainables.bin", "mm_projector.bin")
 """What LLaVA's training saves of a model beside a base; the first holds the second's weights."""
@@ -43,6 +44,30 @@ def local(path: str, what: str, *, weights: bool = True) -> Path:
             "HF_HUB_OFFLINE=1 it must be in the local cache.",
         ) from exc
     return folder
+
+
+def find(path: str, name: str) -> str | None:
+    """The file ``name`` of ``path``, a directory or a hub id; ``None`` if it has none."""
+    if Path(path).is_dir():
+        found = Path(path, name)
+        return str(found) if found.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        file: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    except OSError:  # no such model, or no way to it: said when it is loaded
+        return None
+    return file
+
+
+def config_of(path: str) -> dict[str, Any]:
+    """What ``config.json`` of ``path``, a directory or a hub id, holds; nothing if there is none.
+
+    Raises:
+        EngineFailed: it cannot be read.
+    """
+    file = find(path, "config.json")
+    return {} if file is None else read_json(Path(file))
 
 
 def tower(name: str, checkpoint: Path, *, weights: bool) -> Path:
@@ -93,6 +118,8 @@ def read_weights(file: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     Raises:
         EngineFailed: it is damaged, or holds more than tensors.
     """
+    import torch  # seconds; where a server holds the weights only their names are wanted
+
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
@@ -104,6 +131,13 @@ def read_weights(file: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         return {name: weight for name, weight in weights.items() if name.startswith(prefix)}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as exc:
         raise _unreadable(file, exc) from exc
+
+
+def one_line(exc: BaseException) -> str:
+    """``exc`` without line breaks and stack trace, 300 characters at most."""
+    words = " ".join(str(exc).split())
+    line = f"{type(exc).__name__}: {words}" if words else type(exc).__name__
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 def _names(file: Path) -> list[str]:

@@ -1,0 +1,215 @@
+"""What is changed in SGLang, on plain copies of what is changed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from workers.sglang.server import hooks, imports  # noqa: E402
+
+# ---------------------------------------------------------------- after an import
+
+
+def test_a_module_is_changed_when_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late_module.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+    def double(module: ModuleType) -> None:
+        module.value *= 2  # type: ignore[attr-defined]
+
+    imports.after("late_module", double)
+    imports.after("late_module", double)
+    module = importlib.import_module("late_module")
+    try:
+        assert module.value == 4
+        imports.after("late_module", double)
+        assert module.value == 8, "it was there already"
+        assert importlib.reload(module).value == 1, "once is enough"
+    finally:
+        del sys.modules["late_module"]
+
+
+class Known:
+    def step(self, batch: object) -> object:
+        return batch
+
+
+def test_what_is_not_as_it_was_is_not_changed() -> None:
+    def around(function: hooks.Function) -> hooks.Function:
+        raise AssertionError
+
+    with pytest.raises(hooks.Changed, match=r"Known\.stride.*pip install 'sglang=="):
+        hooks.wrap(Known, "stride", ("self", "batch"), around)
+    with pytest.raises(hooks.Changed, match=r"the parameters of Known\.step"):
+        hooks.wrap(Known, "step", ("self",), around)
+
+
+def test_a_module_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "ACTIONS", {"pytest.no_such_module": lambda module: None})
+    with pytest.raises(hooks.Changed, match="no_such_module"):
+        hooks.install()
+
+
+# ---------------------------------------------------------------- the repetition penalty
+
+
+def req(prompt: list[int], answer: list[int], penalty: float = 1.0, resumed: int = 0) -> Any:
+    custom = {"resumed_tokens": resumed} if resumed else None
+    return SimpleNamespace(
+        origin_input_ids=prompt,
+        output_ids=answer,
+        sampling_params=SimpleNamespace(repetition_penalty=penalty, custom_params=custom),
+    )
+
+
+def test_the_answer_is_what_was_resumed_and_what_was_made() -> None:
+    assert hooks.answer_so_far(req([1, 2, 3], [])) == []
+    assert hooks.answer_so_far(req([1, 2, 3], [4], resumed=2)) == [2, 3, 4]
+
+
+def new_penalizer() -> Any:
+    """SGLang's, in few words, with our changes."""
+
+    class BatchedRepetitionPenalizer:
+        def __init__(self, reqs: list[Any]) -> None:
+            self.orchestrator = SimpleNamespace(reqs=lambda: reqs)
+
+        def _prepare(self) -> None:
+            penalties = [r.sampling_params.repetition_penalty for r in self.orchestrator.reqs()]
+            self.repetition_penalties = torch.tensor(penalties)[:, None]
+            self.cumulated_repetition_penalties = torch.ones(len(penalties), 10)
+
+        def _cumulate_output_tokens(self, output_ids: Any) -> None:
+            self.cumulated_repetition_penalties.scatter_(
+                1, output_ids[:, None], self.repetition_penalties
+            )
+
+        def is_prepared(self) -> bool:
+            return hasattr(self, "repetition_penalties")
+
+    hooks._change_penalizer(
+        SimpleNamespace(BatchedRepetitionPenalizer=BatchedRepetitionPenalizer)  # type: ignore[arg-type]
+    )
+    return BatchedRepetitionPenalizer
+
+
+def punished(penalizer: Any) -> list[dict[int, float]]:
+    rows = penalizer.cumulated_repetition_penalties.tolist()
+    return [{i: round(p, 3) for i, p in enumerate(row) if p != 1.0} for row in rows]
+
+
+def test_a_new_batch_knows_the_answers_in_it() -> None:
+    reqs = [req([1, 2, 3], [], 2.0, resumed=2), req([1, 2], [5, 5], 0.5), req([1], [6])]
+    penalizer = new_penalizer()(reqs)
+    penalizer._prepare()
+    assert punished(penalizer) == [{2: 2.0, 3: 2.0}, {5: 0.5}, {}]
+
+
+def test_a_prompt_is_never_punished() -> None:
+    """Before its first token SGLang gives a prompt's last; behind a picture it is no token."""
+    reqs = [req([1, 2], [7], 2.0), req([1, 10**9], [], 2.0)]
+    penalizer = new_penalizer()(reqs)
+    penalizer._prepare()
+    penalizer._cumulate_output_tokens(torch.tensor([7, 10**9]))
+    assert punished(penalizer) == [{7: 2.0}, {}]
+    reqs[1].output_ids = [4]
+    penalizer._cumulate_output_tokens(torch.tensor([8, 4]))
+    assert punished(penalizer) == [{7: 2.0, 8: 2.0}, {4: 2.0}]
+
+
+class Info:
+    def __init__(self, penalizer: Any) -> None:
+        self.penalizer_orchestrator = SimpleNamespace(penalizers={type(penalizer): penalizer})
+        self.acc_scaling_penalties = torch.ones(2, 10)
+
+    def copy_for_forward(self) -> Info:
+        copied = Info.__new__(Info)
+        copied.acc_scaling_penalties = self.acc_scaling_penalties.clone()
+        return copied
+
+
+@pytest.fixture
+def changed_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Info, "copy_for_forward", Info.copy_for_forward)  # put back afterwards
+    hooks._change_sampling_info(SimpleNamespace(SamplingBatchInfo=Info))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_the_newest_token_is_punished_in_its_own_step(changed_info: None, decodes: bool) -> None:
+    penalizer = new_penalizer()([req([1], [2], 2.0), req([1], [3])])
+    penalizer._prepare()
+    info = Info(penalizer)
+    batch = SimpleNamespace(
+        sampling_info=info.copy_for_forward(),
+        forward_mode=SimpleNamespace(is_decode=lambda: decodes),
+        input_ids=torch.tensor([4, 5], dtype=torch.int32),
+    )
+    hooks.penalize_newest(batch)
+    accumulated = batch.sampling_info.acc_scaling_penalties
+    assert accumulated[0, 4] == (2.0 if decodes else 1.0)
+    assert accumulated.ne(1).sum() == int(decodes)
+    assert info.acc_scaling_penalties.eq(1).all(), "the copy alone is changed"
+
+
+def test_without_penalties_there_is_nothing_to_count(changed_info: None) -> None:
+    penalizer = new_penalizer()([req([1], [2])])
+    batch = SimpleNamespace(sampling_info=Info(penalizer).copy_for_forward())
+    hooks.penalize_newest(batch)
+    assert batch.sampling_info.acc_scaling_penalties.eq(1).all()
+
+
+# ---------------------------------------------------------------- log probabilities
+
+
+class Logprobs:
+    """SGLang's processor: what it is given is what it writes."""
+
+    def compute_logprobs(self, logprobs: Any, tops: Any, chosen: Any, token_ids: Any) -> Any:
+        def write(output: Any) -> None:
+            output.written = (logprobs, tops, token_ids)
+
+        return SimpleNamespace(write_output_to=write)
+
+
+class ModelRunner:
+    model_config = SimpleNamespace(image_token_id=3)
+    sampler = SimpleNamespace(output_logprob_processor=Logprobs())
+
+    def sample(self, logits_output: Any, forward_batch: Any) -> Any:
+        logits_output.next_token_logits.div_(7)  # as penalties and temperatures do, in place
+        return logits_output.next_token_logits.argmax(-1)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_logprobs_are_the_networks_and_no_image_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    monkeypatch.setattr(ModelRunner, "sample", ModelRunner.sample)  # put back afterwards
+    hooks._change_runner(SimpleNamespace(ModelRunner=ModelRunner))  # type: ignore[arg-type]
+    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0]])
+    output = SimpleNamespace(next_token_logits=logits.clone())
+    batch = SimpleNamespace(
+        return_logprob=wanted,
+        top_logprobs_nums=[2],
+        token_ids_logprobs=[None],
+        sampling_info=SimpleNamespace(),
+    )
+    token_ids = ModelRunner().sample(output, batch)
+    assert token_ids.tolist() == [2]
+    if not wanted:
+        assert not hasattr(output, "written")
+        return
+    logits[:, 3] = float("-inf")
+    logprobs, tops, of = output.written
+    assert torch.equal(logprobs, logits.log_softmax(-1))
+    assert (tops, of.tolist()) == ([2], [2])

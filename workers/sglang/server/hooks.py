@@ -1,0 +1,220 @@
+"""What SGLang does otherwise than the protocol says, made so.
+
+* Grammars come from ``server.grammar``, through SGLang's own registry of grammar backends: the
+  same tokens may come next as in the other kinds, and a grammar can be resumed.
+* Log probabilities are those of the network. SGLang's are taken after penalties and grammar.
+* The repetition penalty knows the whole answer: the tokens that a request resumes, the newest one,
+  which overlapped scheduling counts a step late, and no token of the prompt. It also knows those
+  made before the request had to leave the batch for a while.
+* No answer holds the token that stands for an image.
+* The tokens that a scheduler reports as used are all that the cache holds. SGLang's are those that
+  running requests need; what waits to be asked again is left out.
+
+``install`` arranges for it in each process before SGLang is imported. Where SGLang's code is not
+the one that is changed here, its import raises ``Changed``: the server does not start.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from workers.sglang.request import GRAMMAR_BACKEND, RESUMED
+from workers.sglang.server import imports, version
+
+Function = Callable[..., Any]
+
+
+class Changed(RuntimeError):
+    """SGLang's code is not what Tandem knows."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"SGLang {version.installed()} has changed {what}, which Tandem adapts. "
+            f"{version.REMEDY}"
+        )
+
+
+def install() -> None:
+    """Have SGLang's modules changed when they are imported.
+
+    Raises:
+        Changed: there is no such module.
+    """
+    for name, action in ACTIONS.items():
+        if not _is_there(name):
+            raise Changed(name)
+        imports.after(name, action)
+
+
+def _is_there(name: str) -> bool:
+    package, *rest = name.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    return Path(spec.origin).parent.joinpath(*rest).with_suffix(".py").exists()
+
+
+def wrap(
+    owner: Any, name: str, parameters: Sequence[str], around: Callable[[Function], Function]
+) -> None:
+    """Put ``around(function)`` in the place of ``owner``'s function with these parameters.
+
+    Raises:
+        Changed: there is no such function.
+    """
+    function = getattr(owner, name, None)
+    what = f"{owner.__name__}.{name}"
+    if not inspect.isfunction(function):
+        raise Changed(what)
+    if tuple(inspect.signature(function).parameters) != tuple(parameters):
+        raise Changed(f"the parameters of {what}")
+    setattr(owner, name, around(function))
+
+
+# ---------------------------------------------------------------- grammars
+
+
+def _register_backend(module: ModuleType) -> None:
+    register = getattr(module, "register_grammar_backend", None)
+    if register is None:
+        raise Changed("the registry of grammar backends")
+    register(GRAMMAR_BACKEND, _backend)
+
+
+def _backend(_server_args: Any, tokenizer: Any, vocab_size: int, eos_ids: Any) -> Any:
+    from workers.sglang.server.grammar import Backend
+
+    return Backend(tokenizer, vocab_size, eos_ids or ())
+
+
+def allow_backend() -> None:
+    """Let ``--grammar-backend`` take ours; before the flags are read."""
+    from sglang.srt.server_args import add_grammar_backend_choices
+
+    add_grammar_backend_choices([GRAMMAR_BACKEND])
+
+
+# ---------------------------------------------------------------- log probabilities
+
+
+def _change_runner(module: ModuleType) -> None:
+    wrap(module.ModelRunner, "sample", ("self", "logits_output", "forward_batch"), _sampling)
+
+
+def _sampling(sample: Function) -> Function:
+    def sample_as_asked(self: Any, logits_output: Any, forward_batch: Any) -> Any:
+        logits = logits_output.next_token_logits  # [requests, vocabulary]
+        image_token_id = self.model_config.image_token_id
+        if image_token_id is not None and 0 <= image_token_id < logits.shape[-1]:
+            logits[:, image_token_id] = float("-inf")
+        raw = logits.clone() if forward_batch.return_logprob else None
+        penalize_newest(forward_batch)
+        token_ids = sample(self, logits_output, forward_batch)
+        if raw is not None:
+            self.sampler.output_logprob_processor.compute_logprobs(
+                raw.float().log_softmax(-1),
+                forward_batch.top_logprobs_nums,
+                forward_batch.token_ids_logprobs,
+                token_ids,
+            ).write_output_to(logits_output)
+        return token_ids
+
+    return sample_as_asked
+
+
+# ---------------------------------------------------------------- the repetition penalty
+
+
+def _change_penalizer(module: ModuleType) -> None:
+    penalizer = module.BatchedRepetitionPenalizer
+    wrap(penalizer, "_prepare", ("self",), _preparing)
+    wrap(penalizer, "_cumulate_output_tokens", ("self", "output_ids"), _cumulating)
+
+
+def answer_so_far(req: Any) -> list[int]:
+    """The tokens of ``req``'s answer: those it resumes, which SGLang takes for prompt, and more."""
+    resumed = (req.sampling_params.custom_params or {}).get(RESUMED, 0)
+    prompt = req.origin_input_ids
+    return [*prompt[len(prompt) - resumed :], *req.output_ids]
+
+
+def _preparing(prepare: Function) -> Function:
+    def prepare_with_answers(self: Any) -> None:
+        prepare(self)
+        for row, req in enumerate(self.orchestrator.reqs()):
+            penalty = req.sampling_params.repetition_penalty
+            if penalty != 1.0 and (seen := answer_so_far(req)):
+                self.cumulated_repetition_penalties[row, sorted(set(seen))] = penalty
+
+    return prepare_with_answers
+
+
+def _cumulating(cumulate: Function) -> Function:
+    def cumulate_answers(self: Any, output_ids: Any) -> None:
+        rows = [row for row, req in enumerate(self.orchestrator.reqs()) if req.output_ids]
+        if len(rows) == len(output_ids):
+            cumulate(self, output_ids)
+        elif rows:  # of the others SGLang gives the prompt's last token
+            penalties = self.repetition_penalties[rows, 0]
+            self.cumulated_repetition_penalties[rows, output_ids[rows]] = penalties
+
+    return cumulate_answers
+
+
+def _change_sampling_info(module: ModuleType) -> None:
+    wrap(module.SamplingBatchInfo, "copy_for_forward", ("self",), _copying)
+
+
+def _copying(copy_for_forward: Function) -> Function:
+    def copy_with_penalties(self: Any) -> Any:
+        copied = copy_for_forward(self)
+        found = [
+            penalizer.repetition_penalties
+            for kind, penalizer in self.penalizer_orchestrator.penalizers.items()
+            if kind.__name__ == "BatchedRepetitionPenalizer" and penalizer.is_prepared()
+        ]
+        copied.repetition_penalties = found[0] if found else None  # [requests, 1]
+        return copied
+
+    return copy_with_penalties
+
+
+def penalize_newest(forward_batch: Any) -> None:
+    """Count the tokens that this step goes on from, which SGLang may not know yet."""
+    info = forward_batch.sampling_info
+    penalties = getattr(info, "repetition_penalties", None)
+    if penalties is not None and forward_batch.forward_mode.is_decode():
+        newest = forward_batch.input_ids[: len(penalties)].long()
+        info.acc_scaling_penalties.scatter_(1, newest[:, None], penalties)
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def _change_loads(module: ModuleType) -> None:
+    wrap(module.SchedulerLoadInquirer, "get_loads", ("self",), _holding)
+
+
+def _holding(get_loads: Function) -> Function:
+    def get_loads_with_cache(self: Any) -> Any:
+        loads = get_loads(self)
+        pool = self.pool_stats_observer.get_pool_stats()
+        loads.num_used_tokens = pool.full_num_used + pool.full_evictable_size
+        return loads
+
+    return get_loads_with_cache
+
+
+ACTIONS: dict[str, imports.Action] = {
+    "sglang.srt.constrained.base_grammar_backend": _register_backend,
+    "sglang.srt.managers.scheduler_components.load_inquirer": _change_loads,
+    "sglang.srt.model_executor.model_runner": _change_runner,
+    "sglang.srt.sampling.penaltylib.repetition_penalty": _change_penalizer,
+    "sglang.srt.sampling.sampling_batch_info": _change_sampling_info,
+}
+"""By module of SGLang: what is done to it."""
