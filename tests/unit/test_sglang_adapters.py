@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest, Unsupported
 from workers.settings import EMBEDDED_MODEL
-from workers.sglang.adapters import FUSED, TARGETS, Adapters, largest_rank
+from workers.sglang.adapters import Adapters, largest_rank
 from workers.sglang.settings import SglangSettings
+from workers.sglang.targets import FUSED, TARGETS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from workers.sglang.client import Chunk
 from workers.sglang.figures import CacheCount, Load, load_of, tokens_per_s
 
 
@@ -54,14 +53,14 @@ def test_the_speed_is_that_while_busy() -> None:
 
 def test_a_server_of_ours_says_itself_what_its_cache_holds() -> None:
     cache = CacheCount(100)
-    cache.count(Chunk((), None, prompt_tokens=60, cached_tokens=15), 10)
+    cache.count(60, 15, 10)
     assert cache.status(held_tokens=33).used_tokens == 33
     assert cache.status(held_tokens=33).hit_rate == 0.25
 
 
 def test_a_flushed_cache_is_empty() -> None:
     cache = CacheCount(100)
-    cache.count(Chunk((), None, prompt_tokens=60, cached_tokens=15), 10)
+    cache.count(60, 15, 10)
     cache.flushed()
     assert cache.status().used_tokens == 0
     assert cache.status().hit_rate == 0.25, "what was asked stays asked"

@@ -14,8 +14,8 @@ from protocol.messages import GenerateRequest
 from workers.answer import Answer
 from workers.sglang.checkpoint import Checkpoint
 from workers.sglang.client import Chunk
-from workers.sglang.engine import _push
 from workers.sglang.figures import CacheCount
+from workers.sglang.stream import push
 from workers.text import TextStream
 
 EOS = 0
@@ -54,31 +54,31 @@ def chunk(text: str, reason: str | None = None) -> Chunk:
     return Chunk(tuple(text.encode()), reason, prompt_tokens=1, cached_tokens=0)
 
 
-def push(got: Answer, new: Chunk) -> Delta:
-    return _push(got, new, CHECKPOINT.spell)
+def pushed(got: Answer, new: Chunk) -> Delta:
+    return push(got, new, CHECKPOINT.spell)
 
 
 def test_many_tokens_in_one_chunk() -> None:
     got = answer()
-    assert push(got, chunk("Hello")) == Delta(text="Hello", token_ids=tuple(b"Hello"))
+    assert pushed(got, chunk("Hello")) == Delta(text="Hello", token_ids=tuple(b"Hello"))
     assert got.reason is None
 
 
 def test_the_end_token_counts_and_says_nothing() -> None:
     got = answer()
-    assert push(got, chunk("a\0", "stop")) == Delta(text="a", token_ids=(97, EOS))
+    assert pushed(got, chunk("a\0", "stop")) == Delta(text="a", token_ids=(97, EOS))
     assert (got.reason, got.tokens) == ("stop", 2)
 
 
 def test_a_stop_string_ends_the_answer_inside_a_chunk() -> None:
     got = answer("END")
-    assert push(got, chunk("aENDmore")) == Delta(text="a", token_ids=tuple(b"aEND"))
+    assert pushed(got, chunk("aENDmore")) == Delta(text="a", token_ids=tuple(b"aEND"))
     assert got.reason == "stop"
 
 
 def test_logprobs_end_with_the_answer() -> None:
     new = replace(chunk("aENDm"), logprobs=tuple((-1.0, ((98, -0.5),)) for _ in "aENDm"))
-    found = push(answer("END"), new).logprobs
+    found = pushed(answer("END"), new).logprobs
     assert found is not None
     assert [one.token for one in found] == list("aEND")
     assert {(one.logprob, one.top[0].token, one.top[0].logprob) for one in found} == {
@@ -88,7 +88,7 @@ def test_logprobs_end_with_the_answer() -> None:
 
 def test_an_end_that_only_sglang_knows_of() -> None:
     got = answer("END")
-    assert push(got, chunk("aE", "length")) == Delta(text="aE", token_ids=tuple(b"aE"))
+    assert pushed(got, chunk("aE", "length")) == Delta(text="aE", token_ids=tuple(b"aE"))
     assert got.reason == "length"
 
 
@@ -104,7 +104,7 @@ def test_the_resumed_tokens_follow_the_prompt() -> None:
 
 def test_the_cache_holds_what_was_computed_until_it_is_full() -> None:
     cache = CacheCount(100)
-    cache.count(Chunk((), None, prompt_tokens=60, cached_tokens=0), 10)
+    cache.count(60, 0, 10)
     assert cache.status().used_tokens == 70
-    cache.count(Chunk((), None, prompt_tokens=60, cached_tokens=30), 10)
+    cache.count(60, 30, 10)
     assert (cache.status().used_tokens, cache.status().hit_rate) == (100, 0.25)

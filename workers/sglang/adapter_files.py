@@ -25,7 +25,7 @@ from workers.adapters.changes import LowRank, features
 from workers.adapters.config import WEIGHTS, fetch
 from workers.adapters.files import LLAVA_WEIGHTS, read
 from workers.files import ADAPTER
-from workers.sglang.adapters import FUSED, TARGETS
+from workers.sglang.targets import FUSED, TARGETS
 
 _LAYER = re.compile(
     r"model\.(?:language_model\.)?"

@@ -32,14 +32,9 @@ from protocol.messages import ADAPTER_NAME, BASE
 from workers.sglang.client import SglangClient
 from workers.sglang.process import TemporaryDirectory
 from workers.sglang.settings import SglangSettings
+from workers.sglang.targets import TARGETS
 
 log = logging.getLogger(__name__)
-
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that are one in SGLang: an adapter has all of such a group or none of it."""
-
-TARGETS = (*FUSED[0], *FUSED[1], "o_proj", "down_proj")
-"""The layers that are adapted; the server has room for adapters of these."""
 
 LEAVE_S = 2.0
 """How long taking our adapters out of a server that goes on without us may take."""

@@ -59,7 +59,7 @@ class SglangClient:
     def __init__(self, base_url: str, *, silence_s: float) -> None:
         self.base_url = base_url
         self.incremental = True  # chunks hold new tokens only; else all so far
-        self._silence_s = silence_s
+        self.silence_s = silence_s
         self._pool = HttpPool()
         self._streams: set[Upstream] = set()
         self._waiting = 0  # answers of which the next piece is awaited
@@ -157,7 +157,7 @@ class SglangClient:
                 self.base_url,
                 "/generate",
                 orjson.dumps({**body, "stream": True}),
-                timeout_s=self._silence_s,
+                timeout_s=self.silence_s,
             )
         self._streams.add(upstream)
         try:
@@ -167,7 +167,7 @@ class SglangClient:
             buffer = b""
             while True:
                 with self._awaited():
-                    data = await upstream.read(self._silence_s)
+                    data = await upstream.read(self.silence_s)
                 if not data:
                     return
                 *frames, buffer = (buffer + data).split(b"\n\n")

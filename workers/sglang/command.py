@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from protocol.errors import OutOfMemory
-from workers.sglang.adapters import TARGETS
 from workers.sglang.request import GRAMMAR_BACKEND
 from workers.sglang.server.launch import PARENT_PID
 from workers.sglang.settings import SglangSettings
+from workers.sglang.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU_CAPACITY = 32

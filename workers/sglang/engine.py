@@ -10,18 +10,14 @@ import asyncio
 import logging
 import os
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
-
-import anyio
 
 from protocol.errors import (
     ContextOverflow,
     DeadlineExceeded,
     EngineFailed,
-    TandemError,
     Unsupported,
     UpstreamLost,
 )
@@ -31,16 +27,16 @@ from transport.process import free_port
 from workers.answer import Answer, Reason
 from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.images import Picture
-from workers.logprobs import token_logprob
 from workers.sglang import command
 from workers.sglang.adapters import Adapters, largest_rank
 from workers.sglang.checkpoint import Checkpoint, is_original, load
-from workers.sglang.client import AnswerTooLong, Chunk, SglangClient
+from workers.sglang.client import SglangClient
 from workers.sglang.figures import CacheCount
 from workers.sglang.process import ServerProcess, TemporaryDirectory
 from workers.sglang.request import GRAMMAR_BACKEND, body_of, check
 from workers.sglang.server import version
 from workers.sglang.settings import SglangSettings
+from workers.sglang.stream import push, stream
 from workers.sglang.watch import Watch
 from workers.text import TextStream
 
@@ -48,8 +44,8 @@ log = logging.getLogger(__name__)
 
 READY_POLL_S = 0.1
 SILENCE_S = 300.0
-
-ABORT_AGAIN_AFTER_S = (0.01, 0.02, 0.03)
+"""How long one answer may be without news of a server that takes steps: a long prompt may take
+minutes."""
 
 
 class SglangEngine:
@@ -210,13 +206,8 @@ class SglangEngine:
         await process.ready()
 
     def _new_client(self, base_url: str) -> SglangClient:
-        return SglangClient(base_url, silence_s=self._silence_s)
-
-    @property
-    def _silence_s(self) -> float:
-        """How long one answer may be without news of a server that takes steps: a long prompt
-        may take minutes."""
-        return max(SILENCE_S, self._settings.hang_timeout_s)
+        silence_s = max(SILENCE_S, self._settings.hang_timeout_s)
+        return SglangClient(base_url, silence_s=silence_s)
 
     def _check_model(self, model: dict[str, Any], checkpoint: Checkpoint) -> None:
         if not model.get("is_generation", True):
@@ -371,8 +362,8 @@ class SglangEngine:
             Overloaded: the server's own queue is full.
             EngineFailed, OutOfMemory: it could not be served.
         """
-        client, checkpoint = self._client, self._checkpoint
-        if client is None or checkpoint is None:
+        client, checkpoint, watch = self._client, self._checkpoint, self._watch
+        if client is None or checkpoint is None or watch is None:
             raise EngineFailed("The engine is not running.")
         check(request, seeded=self._seeded, ours=self._ours)
         ids = await asyncio.to_thread(checkpoint.encode, request)
@@ -403,102 +394,25 @@ class SglangEngine:
             eos_ids=checkpoint.eos_ids,
             image_token_id=checkpoint.image_token_id,
         )
-        async with aclosing(self._adapted(client, body, request.adapter)) as chunks:
-            async for chunk in chunks:
-                delta = _push(answer, chunk, checkpoint.spell)
-                if delta.token_ids:
-                    yield delta
-                if answer.reason is not None:
-                    break
+        with self._adapters.using(request.adapter) as known:
+            if known is not None:
+                body["lora_path"] = known
+            async with aclosing(stream(client, watch, body)) as chunks:
+                async for chunk in chunks:
+                    delta = push(answer, chunk, checkpoint.spell)
+                    if delta.token_ids:
+                        yield delta
+                    if answer.reason is not None:
+                        break
         if answer.reason is None:
             raise EngineFailed("The SGLang server ended an answer without saying why.")
         resumed = len(request.resume_token_ids)
         prompt_tokens = chunk.prompt_tokens - resumed
         cached_tokens = min(chunk.cached_tokens, prompt_tokens)
         if self._cache is not None:
-            self._cache.count(chunk, answer.tokens - resumed)
+            new_tokens = answer.tokens - resumed
+            self._cache.count(chunk.prompt_tokens, chunk.cached_tokens, new_tokens)
         yield _finished(answer, answer.reason, prompt_tokens, cached_tokens=cached_tokens)
-
-    async def _adapted(
-        self, client: SglangClient, body: dict[str, Any], adapter: str | None
-    ) -> AsyncGenerator[Chunk]:
-        """The answer in chunks; ``adapter`` is not unloaded before its end."""
-        with self._adapters.using(adapter) as known:
-            if known is not None:
-                body = body | {"lora_path": known}
-            async with aclosing(self._chunks(client, body)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-
-    async def _chunks(self, client: SglangClient, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        """The answer in chunks; sent once more without a limit if only the limit is too large."""
-        try:
-            async with aclosing(self._attempt(client, body)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            return
-        except AnswerTooLong:
-            # The images take part of the context, and only the server knows how much.
-            sampling = body["sampling_params"] | {"max_new_tokens": None}
-        async with aclosing(self._attempt(client, body | {"sampling_params": sampling})) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def _attempt(self, client: SglangClient, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
-        """One request to the server, under an id of its own; aborted if it does not end."""
-        rid = uuid.uuid4().hex
-        ended = begun = False
-        watch = self._watch
-        assert watch is not None
-        try:
-            with watch.request() as heard:
-                async with aclosing(client.generate(body | {"rid": rid})) as chunks:
-                    async for chunk in chunks:
-                        heard()
-                        begun = True
-                        ended = chunk.reason is not None
-                        yield chunk
-        except DeadlineExceeded as exc:
-            raise EngineFailed(
-                f"The SGLang server has produced nothing for {self._silence_s:g} s.",
-                remedy="If it only is slow, raise --hang-timeout-s.",
-            ) from exc
-        except UpstreamLost as exc:
-            ended = True
-            raise await watch.reason(exc) from exc
-        except (AnswerTooLong, TandemError):
-            ended = True
-            raise
-        finally:
-            if not ended:
-                # An id the server has not read yet cannot be aborted, so it may take several.
-                with anyio.move_on_after(1, shield=True), suppress(TandemError):
-                    await client.abort(rid)
-                    for pause_s in () if begun else ABORT_AGAIN_AFTER_S:
-                        await asyncio.sleep(pause_s)
-                        await client.abort(rid)
-
-
-def _push(answer: Answer, chunk: Chunk, spell: Callable[[list[int]], str]) -> Delta:
-    """What of ``chunk`` belongs to ``answer``: nothing after its end."""
-    text = ""
-    taken = 0
-    for token_id in chunk.token_ids:
-        if answer.reason is not None:
-            break
-        text += answer.push(token_id)
-        taken += 1
-    if answer.reason is None and chunk.reason is not None:
-        text += answer.end("length" if chunk.reason == "length" else "stop")
-    logprobs = None
-    if chunk.logprobs is not None:
-        logprobs = tuple(
-            token_logprob(token_id, logprob, likeliest, spell)
-            for token_id, (logprob, likeliest) in zip(
-                chunk.token_ids[:taken], chunk.logprobs[:taken], strict=True
-            )
-        )
-    return Delta(text=text, token_ids=chunk.token_ids[:taken], logprobs=logprobs)
 
 
 def _finished(

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protocol.messages import CacheStatus
-
-if TYPE_CHECKING:
-    from workers.sglang.client import Chunk
 
 _FEW_TOKENS = 4  # too few to tell a speed from
 
@@ -70,10 +67,11 @@ class CacheCount:
         self._prompt_tokens = 0
         self._cached_tokens = 0
 
-    def count(self, chunk: Chunk, new_tokens: int) -> None:
-        self._prompt_tokens += chunk.prompt_tokens
-        self._cached_tokens += chunk.cached_tokens
-        self._computed_tokens += chunk.prompt_tokens - chunk.cached_tokens + new_tokens
+    def count(self, prompt_tokens: int, cached_tokens: int, new_tokens: int) -> None:
+        """An answer of ``new_tokens`` to a prompt of which ``cached_tokens`` were there."""
+        self._prompt_tokens += prompt_tokens
+        self._cached_tokens += cached_tokens
+        self._computed_tokens += prompt_tokens - cached_tokens + new_tokens
 
     def flushed(self) -> None:
         """The cache is empty now."""
