@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import tempfile
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from protocol.errors import AdapterNotFound, EngineFailed, InvalidRequest, Unsupported
 from workers.settings import EMBEDDED_MODEL
 from workers.sglang.adapters import Adapters, largest_rank
+from workers.sglang.process import TemporaryDirectory
 from workers.sglang.settings import SglangSettings
 from workers.sglang.targets import FUSED, TARGETS
 
@@ -193,9 +195,12 @@ class Server:
 
     base_url = "http://127.0.0.1:1"
 
-    def __init__(self, *, own: tuple[str, ...] = (), refuse: bool = False) -> None:
+    def __init__(
+        self, *, own: tuple[str, ...] = (), refuse: bool = False, mute: bool = False
+    ) -> None:
         self.loaded: dict[str, bool] = dict.fromkeys(own, True)
         self._refuse = refuse
+        self._mute = mute
 
     async def adapters(self) -> tuple[str, ...]:
         return tuple(self.loaded)
@@ -205,6 +210,8 @@ class Server:
         if self._refuse:
             raise InvalidRequest("SGLang does not take the adapter: no.")
         self.loaded[name] = WEIGHTS in await asyncio.to_thread(os.listdir, path)
+        if self._mute:
+            raise EngineFailed("It did not answer.")
 
     async def unload_adapter(self, name: str) -> None:
         del self.loaded[name]
@@ -213,8 +220,13 @@ class Server:
 LORA = {"enable_lora": True, "max_lora_rank": 6}
 
 
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 async def opened(server: Server, **given: Any) -> Adapters:
-    made = Adapters(settings(**given))
+    made = Adapters(settings(**given), TemporaryDirectory())
     await asyncio.to_thread(made.prepare)
     await made.open(server, LORA)  # type: ignore[arg-type]
     return made
@@ -236,7 +248,7 @@ async def test_adapters_come_and_go() -> None:
     await made.load("terse", FORMAL)
     with made.using("terse") as again:
         assert again != known
-    assert not made._files._directories
+    assert not await asyncio.to_thread(os.listdir, made._files._directory.make()), "they were read"
     await made.aclose()
     await made.aclose()
     with pytest.raises(Unsupported):
@@ -244,12 +256,14 @@ async def test_adapters_come_and_go() -> None:
 
 
 async def test_what_is_prepared_when_all_ends_is_removed() -> None:
-    made = Adapters(settings(adapter=(f"formal={FORMAL}",)))
+    directory = TemporaryDirectory()
+    made = Adapters(settings(adapter=(f"formal={FORMAL}",)), directory)
     await asyncio.to_thread(made.prepare)
     [rewritten] = made._prepared.values()
-    assert await asyncio.to_thread(os.listdir, rewritten.directory.path)
+    assert await asyncio.to_thread(os.listdir, rewritten.folder)
     await made.aclose()
-    assert not await asyncio.to_thread(os.path.exists, rewritten.directory.path)
+    await asyncio.to_thread(directory.remove)
+    assert not await asyncio.to_thread(os.path.exists, rewritten.folder)
     with pytest.raises(EngineFailed, match="was stopped"):
         await asyncio.to_thread(made.prepare)
 
@@ -325,14 +339,23 @@ async def test_a_server_that_refuses() -> None:
     await made.aclose()
 
 
+async def test_what_may_have_come_in_all_the_same_is_taken_out() -> None:
+    server = Server(mute=True)
+    made = await opened(server)
+    with pytest.raises(EngineFailed, match="did not answer"):
+        await made.load("a", FORMAL)
+    assert (made.names, server.loaded) == ((), {})
+    await made.aclose()
+
+
 async def test_a_server_without_room() -> None:
-    made = Adapters(settings())
+    made = Adapters(settings(), TemporaryDirectory())
     await made.open(Server(), {"enable_lora": None})  # type: ignore[arg-type]
     assert not made.enabled
     for refusal in (made.load("a", FORMAL), made.unload("a")):
         with pytest.raises(Unsupported, match="without room for adapters"):
             await refusal
-    made = Adapters(settings(adapter=(f"formal={FORMAL}",)))
+    made = Adapters(settings(adapter=(f"formal={FORMAL}",)), TemporaryDirectory())
     await asyncio.to_thread(made.prepare)
     with pytest.raises(EngineFailed, match="takes no adapters"):
         await made.open(Server(), {"enable_lora": False})  # type: ignore[arg-type]

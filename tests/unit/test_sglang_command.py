@@ -159,7 +159,7 @@ def environment(device: Device, **inherited: str) -> dict[str, str]:
 
 def test_the_cpu_engine_is_asked_for_on_a_cpu_only() -> None:
     assert environment("cpu")["SGLANG_USE_CPU_ENGINE"] == "1"
-    assert "SGLANG_USE_CPU_ENGINE" not in environment("cuda")
+    assert "SGLANG_USE_CPU_ENGINE" not in environment("cuda", SGLANG_USE_CPU_ENGINE="1")
     assert "TORCHDYNAMO_DISABLE" not in environment("cuda")
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from protocol.errors import EngineFailed, OutOfMemory
+from protocol.errors import EngineFailed, InvalidRequest, OutOfMemory
 from tests.processes import ROOT, until
 from workers.sglang import process
 from workers.sglang.process import ServerProcess, TemporaryDirectory, explain
+from workers.sglang.request import wire_text
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,18 @@ def test_a_directory_whose_owner_was_killed_is_removed(base: Path) -> None:
     litter = base / "tandem-sglang-dead"
     (litter / "sub").mkdir(parents=True)
     mine = TemporaryDirectory()
+    assert mine.make() == mine.make()
     assert not litter.exists()
     mine.remove()
     mine.remove()
+    assert list(base.iterdir()) == []
+
+
+def test_what_a_start_that_was_given_up_asks_for_is_not_made(base: Path) -> None:
+    given_up = TemporaryDirectory()
+    given_up.remove()
+    with pytest.raises(EngineFailed, match="was stopped"):
+        given_up.make()
     assert list(base.iterdir()) == []
 
 
@@ -42,7 +52,7 @@ def test_a_directory_whose_owner_lives_stays(base: Path) -> None:
     other.mkdir()
     lock = os.open(other, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    TemporaryDirectory().remove()
+    TemporaryDirectory().make()
     assert other.exists()
     os.close(lock)
 
@@ -51,8 +61,18 @@ def test_a_young_directory_stays(base: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(process, "FRESH_S", 60.0)
     young = base / "tandem-sglang-young"
     young.mkdir()
-    TemporaryDirectory().remove()
+    TemporaryDirectory().make()
     assert young.exists()
+
+
+def test_what_a_client_sent_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    refused = wire_text(InvalidRequest("The regex secret( is wrong."))
+    directory = TemporaryDirectory()
+    with caplog.at_level("DEBUG"):
+        ServerProcess(directory)._take(f"Error: Failed to compile json grammar: {refused}")
+    directory.remove()
+    assert "Failed to compile" in caplog.text
+    assert "secret" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +96,7 @@ async def started(code: str, monkeypatch: pytest.MonkeyPatch, words: list[str]) 
     script.write_text(f"#!{sys.executable}\n{code}")
     script.chmod(0o755)
     monkeypatch.setattr(process, "SERVER", [str(script)])
-    server = ServerProcess(await asyncio.to_thread(TemporaryDirectory))
+    server = ServerProcess(TemporaryDirectory())
     await server.start([], dict(os.environ), words.append)
     return server
 
@@ -162,7 +182,7 @@ async def main():
     process.SERVER = [sys.executable, "-c", "import time; print('up'); time.sleep(60)"]
     server = ServerProcess(directory)
     await server.start([], dict(os.environ), lambda words: None)
-    print(server._process.pid, server._janitor.pid, directory.path, flush=True)
+    print(server._process.pid, server._janitor.pid, directory.make(), flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(main())

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import shutil
+import tempfile
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +47,7 @@ class Rewritten:
     """An adapter in the form that SGLang computes; it lasts until SGLang has read it."""
 
     path: str  # what the user gave
-    directory: TemporaryDirectory
+    folder: str
     rank: int
 
 
@@ -64,9 +66,9 @@ def largest_rank(settings: SglangSettings) -> int:
 class Adapters:
     """What of ``adapter`` requests may say, and what SGLang calls it."""
 
-    def __init__(self, settings: SglangSettings) -> None:
+    def __init__(self, settings: SglangSettings, directory: TemporaryDirectory) -> None:
         self._settings = settings
-        self._files = _Files(settings)
+        self._files = _Files(settings, directory)
         self._prepared: dict[str, Rewritten] = {}
         self._client: SglangClient | None = None
         self._rank: int | None = None  # the largest there is room for; None: SGLang says
@@ -155,14 +157,20 @@ class Adapters:
                 )
             known = f"{name}:{uuid.uuid4().hex}"
             self._coming.add(name)
+            self._ours.add(known)
             try:
-                await client.load_adapter(known, rewritten.directory.path)
+                await client.load_adapter(known, rewritten.folder)
                 self._names[name] = known
+            except InvalidRequest:
+                self._ours.discard(known)
+                raise
+            except BaseException:
+                await self._take_out(client, [known])  # it may have come in all the same
+                raise
             finally:
                 self._coming.discard(name)
-            self._ours.add(known)
         finally:
-            await asyncio.to_thread(self._files.remove, rewritten.directory)
+            await asyncio.to_thread(shutil.rmtree, rewritten.folder, ignore_errors=True)
 
     async def unload(self, name: str) -> None:
         """Let the answers that use ``name`` end, then have SGLang free it.
@@ -180,8 +188,8 @@ class Adapters:
             known = self._names.pop(name)
         finally:
             del self._leaving[name]
-        self._ours.discard(known)
         await client.unload_adapter(known)
+        self._ours.discard(known)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[str | None]:
@@ -203,13 +211,18 @@ class Adapters:
                 self._leaving[name].set()
 
     async def aclose(self) -> None:
-        """Leave a server that goes on without us as it was, and remove all files; repeatable."""
+        """Leave a server that goes on without us as it was; repeatable."""
         client, self._client = self._client, None
         if client is not None and self._settings.sgl_endpoint is not None:
-            with anyio.move_on_after(LEAVE_S, shield=True), suppress(TandemError):
-                for known in self._ours:
+            await self._take_out(client, list(self._ours))
+
+    async def _take_out(self, client: SglangClient, names: Sequence[str]) -> None:
+        """Have SGLang free what it has of ``names``, in vain if it does not answer."""
+        with anyio.move_on_after(LEAVE_S, shield=True):
+            for known in names:
+                with suppress(TandemError):
                     await client.unload_adapter(known)
-        await asyncio.to_thread(self._files.close)
+                    self._ours.discard(known)
 
     def _check(self, name: str) -> None:
         if name not in self.names:
@@ -232,46 +245,27 @@ class Adapters:
 
 
 class _Files:
-    """Rewrites adapters, one after the other, each into a directory that lasts until it is read."""
+    """Rewrites adapters, one after the other, each into a folder that lasts until it is read."""
 
-    def __init__(self, settings: SglangSettings) -> None:
+    def __init__(self, settings: SglangSettings, directory: TemporaryDirectory) -> None:
         self.config: Any = None  # of the network; None: that at --model-path
         self._settings = settings
+        self._directory = directory
         self._network: Any = None
-        self._directories: set[TemporaryDirectory] = set()
         self._lock = threading.Lock()
-        self._closed = False
 
     def rewrite(self, path: str) -> Rewritten:
         from workers.sglang.adapter_files import rewrite, skeleton
 
         with self._lock:
-            if self._closed:
-                raise EngineFailed("The worker was stopped while it read its adapters.")
             if self._network is None:
                 self._network = skeleton(
                     self.config or self._settings.model_path,
                     trust_remote_code=self._settings.trust_remote_code,
                 )
-            directory = TemporaryDirectory()
-            self._directories.add(directory)
+            folder = tempfile.mkdtemp(prefix="adapter-", dir=self._directory.make())
             try:
-                return Rewritten(path, directory, rewrite(self._network, path, directory.path))
+                return Rewritten(path, folder, rewrite(self._network, path, folder))
             except BaseException:
-                self._remove(directory)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
-
-    def remove(self, directory: TemporaryDirectory) -> None:
-        with self._lock:
-            self._remove(directory)
-
-    def close(self) -> None:
-        """Remove all that is left, and what is being written once it is."""
-        with self._lock:
-            self._closed = True
-            for directory in list(self._directories):
-                self._remove(directory)
-
-    def _remove(self, directory: TemporaryDirectory) -> None:
-        directory.remove()
-        self._directories.discard(directory)

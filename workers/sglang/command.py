@@ -198,6 +198,7 @@ def server_environment(
         "NO_PROXY": ",".join(filter(None, [inherited.get("NO_PROXY"), "127.0.0.1,localhost"])),
     }
     environment["no_proxy"] = environment["NO_PROXY"]
+    environment.pop("SGLANG_USE_CPU_ENGINE", None)
     if device == "cpu":
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         # The first request with a repetition penalty stopped everyone for 17 s of compilation.

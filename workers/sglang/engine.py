@@ -58,7 +58,8 @@ class SglangEngine:
         self._client: SglangClient | None = None
         self._process: ServerProcess | None = None
         self._checkpoint: Checkpoint | None = None
-        self._adapters = Adapters(settings)
+        self._directory = TemporaryDirectory()
+        self._adapters = Adapters(settings, self._directory)
         self._input_limit = 0  # tokens of prompt and resumed answer
         self._seeded = False
         self._ours = False  # the server was started by a worker, this or another
@@ -146,9 +147,9 @@ class SglangEngine:
         if device == "cpu":
             dtype = command.cpu_dtype(dtype, command.cpu_flags())
         adapter_rank = await asyncio.to_thread(largest_rank, self._settings)
-        directory = await asyncio.to_thread(TemporaryDirectory)
-        self._process = ServerProcess(directory)
-        served = await self._served(directory, loading)
+        temporary = await asyncio.to_thread(self._directory.make)
+        self._process = ServerProcess(self._directory)
+        served = await self._served(temporary, loading)
         port = free_port()
         self._client = self._new_client(f"http://127.0.0.1:{port}")
         await self._process.start(
@@ -156,7 +157,7 @@ class SglangEngine:
                 served, device=device, dtype=dtype, port=port, adapter_rank=adapter_rank
             ),
             command.server_environment(
-                os.environ, device=device, temporary=directory.path, parent_pid=os.getpid()
+                os.environ, device=device, temporary=temporary, parent_pid=os.getpid()
             ),
             progress,
         )
@@ -172,15 +173,13 @@ class SglangEngine:
         await self._until_ready(self._process, self._client, loading, fits)
         return "cpu" if device == "cpu" else "cuda:0"
 
-    async def _served(
-        self, directory: TemporaryDirectory, loading: asyncio.Task[Checkpoint]
-    ) -> SglangSettings:
+    async def _served(self, temporary: str, loading: asyncio.Task[Checkpoint]) -> SglangSettings:
         """The settings for the server, which loads a view of a checkpoint in LLaVA's format."""
         if not await asyncio.to_thread(is_original, self._settings.model_path):
             return self._settings
         checkpoint = await asyncio.shield(loading)
         assert checkpoint.original is not None
-        view = await asyncio.to_thread(checkpoint.original.write_view, directory.path)
+        view = await asyncio.to_thread(checkpoint.original.write_view, temporary)
         return command.of_view(self._settings, view)
 
     async def _until_ready(
@@ -203,6 +202,7 @@ class SglangEngine:
                     remedy="Raise --start-timeout-s, or see what it does with --log-level DEBUG.",
                 )
             await asyncio.sleep(READY_POLL_S)
+        fits(await asyncio.shield(loading))
         await process.ready()
 
     def _new_client(self, base_url: str) -> SglangClient:
@@ -348,6 +348,7 @@ class SglangEngine:
         if self._process is not None:
             await self._process.stop()
             self._process = None
+        await asyncio.to_thread(self._directory.remove)
 
     # ---- one request
 
@@ -400,7 +401,7 @@ class SglangEngine:
             async with aclosing(stream(client, watch, body)) as chunks:
                 async for chunk in chunks:
                     delta = push(answer, chunk, checkpoint.spell)
-                    if delta.token_ids:
+                    if delta.token_ids or delta.text:
                         yield delta
                     if answer.reason is not None:
                         break

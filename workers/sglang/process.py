@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from protocol.errors import EngineFailed, OutOfMemory, ServingError
+from workers.sglang.request import WIRE_MARK
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class ServerProcess:
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._leave_to_janitor(self._directory.path)
+        self._leave_to_janitor(await asyncio.to_thread(self._directory.make))
 
     def _leave_to_janitor(self, path: str) -> None:
         assert self._janitor is not None
@@ -213,6 +215,7 @@ class ServerProcess:
         self._take(rest)
 
     def _take(self, line: str) -> None:
+        line = line.partition(WIRE_MARK)[0]  # what follows is for one client, and no log
         if not line:
             return
         self._tail.append(line)
@@ -283,23 +286,43 @@ def _shared_memory(group: int) -> set[Path]:
 
 
 class TemporaryDirectory:
-    """A directory that is locked while its owner lives, so that the next one knows it is litter."""
+    """A directory that is locked while its owner lives, so that the next one knows it is litter.
+
+    Safe to use from several threads, which may be left over from a start that was given up.
+    """
 
     def __init__(self) -> None:
-        """Make it, and remove those whose owners were killed; blocking."""
-        base = Path(tempfile.gettempdir())
-        for old in base.glob(f"{PREFIX}*"):
-            _remove_if_abandoned(old)
-        self.path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._path = ""
+        self._lock = -1
+        self._removed = False
+        self._changing = threading.Lock()
+
+    def make(self) -> str:
+        """Its path. The first call makes it, and removes those whose owners were killed; blocking.
+
+        Raises:
+            EngineFailed: it has been removed.
+        """
+        with self._changing:
+            if self._removed:
+                raise EngineFailed("The worker was stopped while it started.")
+            if not self._path:
+                base = Path(tempfile.gettempdir())
+                for old in base.glob(f"{PREFIX}*"):
+                    _remove_if_abandoned(old)
+                self._path = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+                self._lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            return self._path
 
     def remove(self) -> None:
-        """Remove it; repeatable."""
-        if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+        """Remove it for good; repeatable."""
+        with self._changing:
+            self._removed = True
+            if self._lock >= 0:
+                shutil.rmtree(self._path, ignore_errors=True)
+                os.close(self._lock)
+                self._lock = -1
 
 
 def _remove_if_abandoned(path: Path) -> None:

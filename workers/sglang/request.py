@@ -29,17 +29,18 @@ class GrammarSpec(SamplingParams):
     resumed: tuple[int, ...] = ()  # ids that are there already
 
 
-_ERROR = "Tandem says: "
+WIRE_MARK = "Tandem says: "
+"""What an error of ours begins with in SGLang's sentences; it may hold what a client sent."""
 
 
 def wire_text(error: TandemError) -> str:
     """``error`` as text that SGLang may put behind its own words."""
-    return _ERROR + orjson.dumps([error.code, error.message, error.remedy]).decode()
+    return WIRE_MARK + orjson.dumps([error.code, error.message, error.remedy]).decode()
 
 
 def from_wire_text(text: str) -> TandemError | None:
     """The error that was put into ``text`` with ``wire_text``."""
-    _, mark, found = text.partition(_ERROR)
+    _, mark, found = text.partition(WIRE_MARK)
     if not mark:
         return None
     try:
