@@ -35,10 +35,11 @@ test-sglang-versions: export HF_HUB_OFFLINE = 1
 test-sglang-versions: export HF_HUB_DISABLE_TELEMETRY = 1
 test-sglang-versions: export DO_NOT_TRACK = 1
 test-sglang-versions: $(READY) $(OTHER)/.ready ## the worker contract with both SGLang versions; not in CI
-	@for environment in .venv $(OTHER); do \
+	@failed=0; for environment in .venv $(OTHER); do \
 	  $$environment/bin/python -c 'import importlib.metadata as m; print("SGLang", m.version("sglang"))'; \
 	  $$environment/bin/python -m pytest tests/contract tests/*/test_sglang*.py \
-	    -k "sglang or not (echo or hf)" -W ignore::DeprecationWarning || exit 1; done
+	    -k "sglang or not (echo or hf)" -W ignore::DeprecationWarning || failed=1; done; \
+	exit $$failed
 
 check: $(READY) ## style, types and import rules; looks and never writes
 	@$(BIN)/ruff format --check .

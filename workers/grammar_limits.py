@@ -108,6 +108,8 @@ def _check_regex(pattern: str) -> tuple[str, int]:
             f"The regex has {len(pattern)} characters; {MAX_REGEX_CHARS} are allowed.",
             remedy="Shorten it, or send a json_schema with an enum.",
         )
+    if "\0" in pattern:  # an older xgrammar would end the pattern there
+        raise InvalidRequest("The regex has a null character.", remedy="Remove it.")
     groups = [_Group()]
     written: list[str] = []
     for token in _TOKEN.finditer(pattern):

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from protocol.events import Finished
+from protocol.messages import GenerateRequest
 from tests.checkpoints import make
 from tests.hf import asked, job_of
 from tests.hf import running as running_model
@@ -85,6 +86,22 @@ class Pair:
         request = asked(text, *images, max_new_tokens=TOKENS, **fields)
         given = request.model_dump(exclude_unset=True, mode="json")
         return ask(self.address, **given | {"model": "tiny"})
+
+    def raw(self, prompt: str, *images: str, **fields: Any) -> tuple[list[int], list[int]]:
+        """The tokens of a prompt that no template has written: expected, and given."""
+        request = GenerateRequest(
+            model="tiny",
+            prompt=prompt,
+            images=images,
+            temperature=0,
+            max_new_tokens=TOKENS,
+            **fields,
+        )
+        with running_model(lambda deliver: Threads(1, deliver=deliver)) as (runner, answers):
+            runner.submit(job := job_of(self.model, request))
+            assert isinstance(end := answers.end(job), Finished), end
+        given = request.model_dump(exclude_unset=True, mode="json")
+        return job.ids[len(request.resume_token_ids) :], ask(self.address, **given).token_ids
 
     def questions(self) -> dict[str, tuple[str, ...]]:
         sees = self.model.image_token is not None
@@ -156,3 +173,32 @@ def test_an_answer_that_spells_a_placeholder_is_resumed(pair: Pair) -> None:
     job, _ = pair.expected("Write a tag.", *images, resume_token_ids=spelled)
     rest = pair.answer("Write a tag.", *images, resume_token_ids=spelled)
     assert rest.token_ids == job.ids[len(spelled) :]
+
+
+VISION_START = "<|vision_start|>"
+
+
+def test_marks_in_a_clients_prompt_do_not_move_its_pictures(pair: Pair) -> None:
+    """SGLang looks for the pictures of Qwen-VL behind these marks, which are text to others."""
+    if pair.model.image_token is None:
+        pytest.skip("it sees no pictures")
+    mark = pair.model.tokenizer.encode(VISION_START, add_special_tokens=False)
+    prompts = {
+        "Look: <image> What is it?": (WIDE,),
+        f"A {VISION_START} and: <image>, <image>. What?": (HIGH, WIDE),
+        f"<image> What is it? {VISION_START}": (WIDE,),
+    }
+    for prompt, images in prompts.items():
+        expected, given = pair.raw(prompt, *images)
+        assert given == expected, prompt
+    expected, given = pair.raw("Is it <image>?", WIDE, resume_token_ids=tuple(mark))
+    assert given == expected
+
+
+def test_a_video_without_a_video_is_text(pair: Pair) -> None:
+    """transformers itself takes no such prompt; what counts is that there is an answer."""
+    if pair.model.image_token is None:
+        pytest.skip("it sees no pictures")
+    request = {"model": "tiny", "temperature": 0, "max_new_tokens": 5, "images": [WIDE]}
+    prompt = f"<image> {VISION_START}<|video_pad|> What is it?"
+    assert ask(pair.address, **request, prompt=prompt).token_ids

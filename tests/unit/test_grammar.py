@@ -469,6 +469,7 @@ def test_data_in_a_schema_is_no_schema() -> None:
         ("a$b", "in its middle"),
         ("a^b", "in its middle"),
         ("x" * 5000, "4096 are allowed"),
+        ("a\0b", "null character"),
         ("(" * 70 + "a" + ")" * 70, "nests more than 64"),
         # Each of these was seen to take seconds a token or not to come back.
         ("a{100000}", "repeats too much"),

@@ -25,6 +25,7 @@ def rank(**fields: Any) -> dict[str, Any]:
 def test_the_schedulers_are_taken_together() -> None:
     load = load_of({"loads": [rank(), rank(timestamp=2.5, num_used_tokens=11)]})
     assert load.steps == (1.5, 2.5)
+    assert load.requests == (6, 6)
     assert (load.running, load.waiting) == (4, 8)
     assert load.held_tokens == 111
     assert (load.decoded_tokens, load.busy_s) == (42.0, 4.0)
@@ -35,14 +36,17 @@ def test_a_server_that_has_not_decoded_yet() -> None:
     assert (load.decoded_tokens, load.busy_s) == (0.0, 0.5)
 
 
-@pytest.mark.parametrize("answer", [{}, {"loads": [{}]}, {"loads": None}])
+@pytest.mark.parametrize(
+    "answer",
+    [{}, {"loads": [{}]}, {"loads": None}, {"loads": [rank(queues=1)]}, {"loads": ["busy"]}],
+)
 def test_another_server_is_told_from_sglang(answer: dict[str, Any]) -> None:
-    with pytest.raises((KeyError, TypeError)):
+    with pytest.raises((AttributeError, LookupError, TypeError)):
         load_of(answer)
 
 
 def at(tokens: float, busy_s: float) -> Load:
-    return Load((0.0,), 0, 0, 0, decoded_tokens=tokens, busy_s=busy_s)
+    return Load((0.0,), (0,), 0, 0, 0, decoded_tokens=tokens, busy_s=busy_s)
 
 
 def test_the_speed_is_that_while_busy() -> None:

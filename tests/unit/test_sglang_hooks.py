@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from array import array
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from workers.sglang.process import explain  # noqa: E402
 from workers.sglang.server import hooks, imports  # noqa: E402
 
 # ---------------------------------------------------------------- after an import
@@ -48,15 +51,22 @@ def test_what_is_not_as_it_was_is_not_changed() -> None:
     def around(function: hooks.Function) -> hooks.Function:
         raise AssertionError
 
-    with pytest.raises(hooks.Changed, match=r"Known\.stride.*pip install 'sglang=="):
+    with pytest.raises(hooks.ChangedError, match=r"Known\.stride.*pip install 'sglang=="):
         hooks.wrap(Known, "stride", ("self", "batch"), around)
-    with pytest.raises(hooks.Changed, match=r"the parameters of Known\.step"):
+    with pytest.raises(hooks.ChangedError, match=r"the parameters of Known\.step"):
         hooks.wrap(Known, "step", ("self",), around)
+
+
+def test_what_has_changed_reaches_the_user() -> None:
+    error = hooks.ChangedError("the parameters of ModelRunner.sample")
+    said = explain(["Traceback (most recent call last):", *traceback.format_exception_only(error)])
+    assert "the parameters of ModelRunner.sample" in said
+    assert "pip install 'sglang==" in said
 
 
 def test_a_module_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "ACTIONS", {"pytest.no_such_module": lambda module: None})
-    with pytest.raises(hooks.Changed, match="no_such_module"):
+    with pytest.raises(hooks.ChangedError, match="no_such_module"):
         hooks.install()
 
 
@@ -122,9 +132,20 @@ def test_a_prompt_is_never_punished() -> None:
     penalizer._prepare()
     penalizer._cumulate_output_tokens(torch.tensor([7, 10**9]))
     assert punished(penalizer) == [{7: 2.0}, {}]
-    reqs[1].output_ids = [4]
+    reqs[0].output_ids, reqs[1].output_ids = [7, 8], [4]
     penalizer._cumulate_output_tokens(torch.tensor([8, 4]))
     assert punished(penalizer) == [{7: 2.0, 8: 2.0}, {4: 2.0}]
+
+
+def test_no_token_is_skipped_where_a_prefill_comes_between_two_steps() -> None:
+    reqs = [req([1], [], 2.0), req([1], [], 1.0), req([1], [], 0.5)]
+    penalizer = new_penalizer()(reqs)
+    penalizer._prepare()
+    for answer in ([], [3], [3, 4, 5], [3, 4, 5, 6]):  # what is known at each step of them
+        reqs[0].output_ids = reqs[1].output_ids = array("q", answer)
+        last = answer[-1] if answer else 1
+        penalizer._cumulate_output_tokens(torch.tensor([last, last, 1]))
+    assert punished(penalizer) == [{3: 2.0, 4: 2.0, 5: 2.0, 6: 2.0}, {}, {}]
 
 
 class Info:

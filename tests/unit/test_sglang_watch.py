@@ -23,30 +23,46 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeClient:
-    """A server by what it answers; ``step`` moves its schedulers on."""
+    """A server by what it answers; ``step`` moves its first scheduler on."""
 
     base_url = "http://fake:1"
 
     def __init__(self) -> None:
-        self.now = Load((0.0,), running=0, waiting=0, held_tokens=0, decoded_tokens=0, busy_s=0)
+        self.now = Load(
+            (0.0,), (0,), running=0, waiting=0, held_tokens=0, decoded_tokens=0, busy_s=0
+        )
         self.error: Exception | None = None
+        self.odd_answers = 0  # to come
+        self.adapters_changing = 0
         self.awaited_s = 0.0
         self.makes = True
+        self.answers: list[bool] = []  # to come before it ``makes``
+        self.others = False  # another's request comes while it is asked for a token
         self.asked = 0
         self.was_cut = False
 
     def step(self, **fields: Any) -> None:
         known = {name: getattr(self.now, name) for name in Load.__slots__}
-        self.now = Load(**known | {"steps": (self.now.steps[0] + 1,)} | fields)
+        first, *rest = self.now.steps
+        known["steps"] = (first + 1, *rest)
+        if "running" in fields:
+            known["requests"] = (fields["running"] + fields.get("waiting", 0),)
+        self.now = Load(**known | fields)
 
     async def load(self) -> Load:
+        if self.odd_answers:
+            self.odd_answers -= 1
+            raise EngineFailed("status 502")
         if self.error is not None:
             raise self.error
         return self.now
 
     async def makes_a_token(self) -> bool:
         self.asked += 1
-        return self.makes
+        if self.others:
+            self.step(running=1)
+            await asyncio.sleep(0.05)  # sleep: looks come between
+        return self.answers.pop(0) if self.answers else self.makes
 
     def cut(self) -> None:
         self.was_cut = True
@@ -117,6 +133,61 @@ async def test_steps_are_signs_of_life() -> None:
             assert not watched._failure.done()
 
 
+async def hangs(requests: tuple[int, int]) -> bool:
+    """Whether a server of two copies, of which the first steps on, is taken to hang."""
+    client = FakeClient()
+    client.now = Load((0.0, 0.0), requests, sum(requests), 0, 0, decoded_tokens=0, busy_s=0)
+    async with watching(client, FakeProcess(), hang_timeout_s=0.3) as watched:
+        client.awaited_s = 99.0
+        with watched.request() as heard:
+            for _ in range(60):
+                client.step()
+                heard()
+                await asyncio.sleep(0.01)  # sleep: steps take a while
+            return watched._failure.done()
+
+
+async def test_one_copy_of_two_hangs() -> None:
+    assert await hangs((1, 1))
+
+
+async def test_a_copy_that_has_nothing_to_do_does_not_hang() -> None:
+    assert not await hangs((1, 0))
+
+
+async def test_tokens_are_signs_of_life_of_a_single_copy() -> None:
+    """Its scheduler tells its load at every 15th step only."""
+    client = FakeClient()
+    async with watching(client, FakeProcess(), hang_timeout_s=0.3) as watched:
+        client.awaited_s = 99.0
+        client.step(running=1)
+        with watched.request() as heard:
+            for _ in range(60):
+                heard()
+                await asyncio.sleep(0.01)  # sleep: tokens take a while
+            assert not watched._failure.done()
+
+
+async def test_one_odd_answer_is_forgiven() -> None:
+    client = FakeClient()
+    async with watching(client, FakeProcess()) as watched:
+        for _ in range(3):
+            client.odd_answers = 1
+            client.step()
+            while watched._load != client.now:  # noqa: ASYNC110 - the fake has no event
+                await asyncio.sleep(0.005)
+        assert not watched._failure.done()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+async def test_odd_answers_in_a_row_are_not(ours: bool) -> None:
+    client = FakeClient()
+    async with watching(client, FakeProcess() if ours else None) as watched:
+        client.odd_answers = watch.LOST_AFTER
+        with pytest.raises(EngineFailed, match="status 502"):
+            await watched.failed()
+
+
 async def test_a_slow_reader_is_not_a_slow_server() -> None:
     client = FakeClient()
     async with watching(client, FakeProcess(), hang_timeout_s=0.05) as watched:
@@ -150,11 +221,11 @@ async def test_an_endpoint_that_cannot_be_reached_is_lost_soon() -> None:
 async def test_an_idle_server_is_asked_for_a_token() -> None:
     client = FakeClient()
     async with watching(client, FakeProcess(), health_interval_s=0.05) as watched:
+        token_s = watched._token_s
         while client.asked < 2:  # noqa: ASYNC110 - the fake has no event to wait for
             await asyncio.sleep(0.01)
-        age_s = watched.load().token_age_s
-        assert age_s is not None
-        assert age_s < 5
+        # What it made for the first is known before it is asked for the second.
+        assert watched._token_s > token_s + 0.05
 
 
 async def test_one_that_makes_none_has_failed() -> None:
@@ -164,16 +235,57 @@ async def test_one_that_makes_none_has_failed() -> None:
         with pytest.raises(EngineFailed, match="made none"):
             await watched.failed()
 
+        assert client.asked == 2, "once in vain is no proof"
+
+
+async def test_that_its_schedulers_step_is_no_proof_of_tokens() -> None:
+    """They do so without anything to do: what is dead may be the process after them."""
+    client = FakeClient()
+    client.makes = False
+    async with watching(client, FakeProcess(), health_interval_s=0.05) as watched:
+        while not watched._failure.done():
+            client.step()
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineFailed, match="made none"):
+            await watched.failed()
+
+
+async def test_a_token_between_two_in_vain_clears_the_doubt() -> None:
+    client = FakeClient()
+    client.answers = [False, True, False, True]
+    async with watching(client, FakeProcess(), health_interval_s=0.02) as watched:
+        while client.asked < 5:  # noqa: ASYNC110 - the fake has no event to wait for
+            await asyncio.sleep(0.005)
+        assert not watched._failure.done()
+
+
+async def test_what_comes_in_the_way_of_a_token_is_no_failure() -> None:
+    client = FakeClient()
+    client.makes = False
+    async with watching(client, FakeProcess(), health_interval_s=0.02) as watched:
+        client.others = True
+        for _ in range(3):
+            asked_s = watched._asked_s
+            while watched._asked_s == asked_s:  # noqa: ASYNC110 - the fake has no event to wait for
+                await asyncio.sleep(0.005)
+            client.step(running=0)
+        assert not watched._failure.done()
+
 
 async def test_a_busy_server_is_not_asked() -> None:
     client = FakeClient()
     async with watching(client, FakeProcess(), health_interval_s=0.02) as watched:
         with watched.request():
             await asyncio.sleep(0.1)  # sleep: longer than the interval
-        client.step(running=1)  # another's
-        asked = client.asked
+            assert client.asked == 0
+            client.step(running=1)  # another's
+            await watched.look()
         await asyncio.sleep(0.1)  # sleep: longer than the interval
-        assert client.asked <= asked + 1
+        assert client.asked == 0
+        client.adapters_changing = 1
+        client.step(running=0)
+        await asyncio.sleep(0.1)  # sleep: longer than the interval
+        assert client.asked == 0
 
 
 async def test_others_of_a_running_server_are_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +61,11 @@ class SglangClient:
         self.base_url = base_url
         self.incremental = True  # chunks hold new tokens only; else all so far
         self.silence_s = silence_s
+        self.adapters_changing = 0  # loads and unloads under way, which hold up the scheduler
         self._pool = HttpPool()
+        self._opening: set[asyncio.Timeout] = set()
         self._streams: set[Upstream] = set()
+        self._is_cut = False
         self._waiting = 0  # answers of which the next piece is awaited
         self._waiting_since_s = 0.0
         # Environment proxies are not asked: the server is on this machine or in this cluster.
@@ -118,7 +122,7 @@ class SglangClient:
             raise DeadlineExceeded(f"{self.base_url} does not answer.") from exc
         except httpx.TransportError as exc:
             raise UpstreamLost(f"{self.base_url} is not reached: {exc}") from exc
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as exc:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise EngineFailed(f"{self.base_url} does not tell its load: {exc}") from exc
 
     async def makes_a_token(self) -> bool:
@@ -134,15 +138,19 @@ class SglangClient:
 
         Raises:
             Overloaded: requests run, or wait.
-            EngineFailed: it does not answer.
+            EngineFailed: it does not answer, or not as SGLang does.
         """
         try:
             response = await self._control.post("/flush_cache", timeout=TOKEN_TIMEOUT_S)
         except httpx.TransportError as exc:
             raise EngineFailed(f"The SGLang server did not answer /flush_cache: {exc}") from exc
-        if response.status_code != 200:
+        if response.status_code == 400:
             raise Overloaded(
                 "The cache can be flushed only while no request runs.", retry_after_s=1
+            )
+        if response.status_code != 200:
+            raise EngineFailed(
+                f"The SGLang server answered /flush_cache with status {response.status_code}."
             )
 
     async def generate(self, body: Mapping[str, Any]) -> AsyncGenerator[Chunk]:
@@ -153,14 +161,11 @@ class SglangClient:
             TandemError: the server refuses the request, or is lost (``UpstreamLost``).
         """
         with self._awaited():
-            upstream = await self._pool.open(
-                self.base_url,
-                "/generate",
-                orjson.dumps({**body, "stream": True}),
-                timeout_s=self.silence_s,
-            )
+            upstream = await self._open(orjson.dumps({**body, "stream": True}))
         self._streams.add(upstream)
         try:
+            if self._is_cut:  # just as the head of the response arrived
+                raise self._lost()
             if upstream.status != 200:
                 raise await _refusal(upstream)
             seen = 0
@@ -182,6 +187,25 @@ class SglangClient:
             self._streams.discard(upstream)
             upstream.close()
 
+    async def _open(self, body: bytes) -> Upstream:
+        """The response to a request, with its head; ``cut`` ends the wait for it."""
+        if self._is_cut:
+            raise self._lost()
+        try:
+            async with asyncio.timeout(None) as opening:
+                self._opening.add(opening)
+                try:
+                    return await self._pool.open(
+                        self.base_url, "/generate", body, timeout_s=self.silence_s
+                    )
+                finally:
+                    self._opening.discard(opening)
+        except TimeoutError as exc:
+            raise self._lost() from exc
+
+    def _lost(self) -> UpstreamLost:
+        return UpstreamLost(f"The connection to {self.base_url} was cut.")
+
     @property
     def awaited_s(self) -> float:
         """How long somebody has been waiting for a piece of an answer; 0 when nobody does."""
@@ -198,7 +222,10 @@ class SglangClient:
             self._waiting -= 1
 
     def cut(self) -> None:
-        """Cut the connections of all answers: the server is done for."""
+        """Cut the connections of all answers, those to come included: the server is done for."""
+        self._is_cut = True
+        while self._opening:
+            self._opening.pop().reschedule(0)
         for upstream in self._streams:
             upstream.abort()
 
@@ -249,6 +276,7 @@ class SglangClient:
 
     async def _change_adapters(self, route: str, body: dict[str, str]) -> str | None:
         """Why the server refuses; ``None`` when it has done it."""
+        self.adapters_changing += 1
         try:
             response = await self._control.post(route, json=body, timeout=ADAPTER_TIMEOUT_S)
             if response.status_code == 400:
@@ -257,6 +285,8 @@ class SglangClient:
         except (httpx.HTTPError, ValueError, KeyError) as exc:
             what = str(exc) or type(exc).__name__
             raise EngineFailed(f"The SGLang server did not answer {route}: {what}.") from exc
+        finally:
+            self.adapters_changing -= 1
         return None
 
     async def aclose(self) -> None:

@@ -19,6 +19,7 @@ class Load:
     """
 
     steps: tuple[float, ...]  # when each scheduler last said something, by its clock
+    requests: tuple[int, ...]  # that each has, running or waiting
     running: int
     waiting: int
     held_tokens: int  # in the cache; of a server without our hooks only what running requests use
@@ -27,18 +28,21 @@ class Load:
 
 
 def load_of(answer: dict[str, Any]) -> Load:
-    """Raises KeyError or TypeError: that is not what SGLang answers."""
+    """Raises AttributeError, LookupError or TypeError: that is not what SGLang answers."""
     ranks = answer["loads"]
+    running = [rank["num_running_reqs"] for rank in ranks]
+    # A request whose grammar is being compiled is in another queue.
+    waiting = [
+        rank["num_waiting_reqs"] + rank.get("queues", {}).get("grammar", 0) for rank in ranks
+    ]
     # Sums over steps: their number, the batch's size, microseconds, two products, tokens.
     decoding = [rank.get("decode_moments") or [0.0] * 6 for rank in ranks]
     prefill_us = sum(rank["total_prefill_busy_us"] for rank in ranks)
     return Load(
         steps=tuple(rank["timestamp"] for rank in ranks),
-        running=sum(rank["num_running_reqs"] for rank in ranks),
-        # A request whose grammar is being compiled is in another queue.
-        waiting=sum(
-            rank["num_waiting_reqs"] + rank.get("queues", {}).get("grammar", 0) for rank in ranks
-        ),
+        requests=tuple(map(sum, zip(running, waiting, strict=True))),
+        running=sum(running),
+        waiting=sum(waiting),
         held_tokens=sum(rank["num_used_tokens"] for rank in ranks),
         decoded_tokens=sum(moments[5] for moments in decoding),
         busy_s=(prefill_us + sum(moments[2] for moments in decoding)) / 1e6,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 LOST_AFTER = 2
-"""Looks in a row at which a server we did not start must be gone."""
+"""Looks in a row at which a server we did not start must be gone, or any must answer oddly."""
 
 SPEED_WEIGHT = 0.3  # of the newest sample
 
@@ -27,9 +27,9 @@ SPEED_WEIGHT = 0.3  # of the newest sample
 class Watch:
     """Looks after one server: ours (``process``), or a running one.
 
-    Three things end its patience: the death of one of the server's processes, no step of its
-    schedulers for ``hang_timeout_s`` while requests run, and an idle server that does not make a
-    token when it is asked for one, every ``health_interval_s``.
+    Three things end its patience: the death of one of the server's processes, no step of a
+    scheduler for ``hang_timeout_s`` while it has requests, and an idle server that twice in a row
+    does not make a token when it is asked for one, every ``health_interval_s``.
     """
 
     def __init__(
@@ -49,7 +49,10 @@ class Watch:
         self._poke = asyncio.Event()
         self._running = 0
         self._requests = 0  # ever begun
-        self._heard_s = self._token_s = self._answered_s = time.monotonic()
+        now_s = time.monotonic()
+        self._heard_s = self._token_s = self._answered_s = self._asked_s = now_s
+        self._stepped_s: tuple[float, ...] = ()  # when each scheduler was seen to take a step
+        self._doubted_s: float | None = None  # the newest token when one was asked for in vain
         self._load: Load | None = None
         self._others = (0, 0)
         self._tokens_per_s: float | None = None
@@ -129,6 +132,13 @@ class Watch:
         now_s = time.monotonic()
         self._answered_s = now_s
         before, self._load = self._load, load
+        if before is None or len(before.steps) != len(load.steps):
+            self._stepped_s = (now_s,) * len(load.steps)
+        else:
+            self._stepped_s = tuple(
+                seen_s if new == old else now_s
+                for seen_s, old, new in zip(self._stepped_s, before.steps, load.steps, strict=True)
+            )
         if before is None:
             return
         if load.steps != before.steps:
@@ -147,7 +157,7 @@ class Watch:
 
     async def until_flushed(self) -> None:
         """Return when the figures are those after a flush, which are published a little later."""
-        with suppress(DeadlineExceeded, UpstreamLost, TimeoutError):
+        with suppress(DeadlineExceeded, EngineFailed, UpstreamLost, TimeoutError):
             async with asyncio.timeout(1):
                 await self.look()
                 while self.held_tokens:
@@ -195,6 +205,10 @@ class Watch:
                         raise EngineFailed(
                             f"{self._client.base_url} does not answer any more: {exc.message}"
                         ) from exc
+                except EngineFailed:
+                    lost += 1  # one odd answer may be a proxy's
+                    if lost >= LOST_AFTER:
+                        raise
                 if self._silent_s() > self._hang_timeout_s:
                     raise self.hung()
                 if health is not None and health.done():
@@ -213,25 +227,43 @@ class Watch:
         An answer that nobody reads makes no demands: its client is slow, not the server.
         """
         now_s = time.monotonic()
-        if self._running:
-            return min(now_s - self._heard_s, self._client.awaited_s)
-        return now_s - self._answered_s
+        if not self._running:
+            return now_s - self._answered_s
+        silent_s = now_s - self._heard_s
+        # One of several hangs while others step, and no token of ours says whose it is.
+        if self._load is not None and len(self._load.requests) > 1:
+            for requests, stepped_s in zip(self._load.requests, self._stepped_s, strict=True):
+                if requests:
+                    silent_s = max(silent_s, self._answered_s - stepped_s)
+        return min(silent_s, self._client.awaited_s)
+
+    def _is_idle(self) -> bool:
+        """Whether nothing is known that could keep the server from making a token."""
+        busy = self._running or self._client.adapters_changing
+        return self._load is not None and not busy and not any(self._load.requests)
 
     def _is_due(self) -> bool:
-        load = self._load
-        idle = load is not None and not self._running and not load.running and not load.waiting
-        return idle and time.monotonic() - self._token_s > self._health_interval_s
+        since_s = time.monotonic() - max(self._token_s, self._asked_s)
+        return self._is_idle() and since_s > self._health_interval_s
 
     async def _prove(self) -> None:
         """Have the idle server make one token.
 
+        Once in vain is no proof: another client's long prompt, or its adapter, may hold up the
+        schedulers, which say so only afterwards. That they take steps proves nothing either: they
+        do so without anything to do, whatever has become of the process that sends the tokens.
+
         Raises:
-            EngineFailed: it does not, and nothing else has come in its way.
+            EngineFailed: it made none the second time either, and nothing has come in its way.
         """
-        requests = self._requests
-        if await self._client.makes_a_token():
-            self._token_s = time.monotonic()
-        elif requests == self._requests:
-            raise EngineFailed(
-                "The SGLang server answers, but when it was asked for one token it made none."
-            )
+        requests, token_s = self._requests, self._token_s
+        made = await self._client.makes_a_token()
+        self._asked_s = time.monotonic()
+        if made:
+            self._token_s = self._asked_s
+        elif requests == self._requests and self._is_idle():
+            if self._doubted_s == token_s == self._token_s:
+                raise EngineFailed(
+                    "The SGLang server answers, but when it was asked for one token it made none."
+                )
+            self._doubted_s = token_s

@@ -7,7 +7,9 @@ them, in the field ``json_schema``. What is wrong goes back in SGLang's sentence
 
 from __future__ import annotations
 
+import logging
 import threading
+import traceback
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any
@@ -15,10 +17,12 @@ from typing import Any
 from sglang.srt.constrained.base_grammar_backend import BaseGrammarBackend, InvalidGrammarObject
 from sglang.srt.constrained.xgrammar_backend import XGrammarGrammar
 
-from protocol.errors import TandemError
+from protocol.errors import EngineFailed, TandemError
 from workers.answer import eos_ids as ends_of
 from workers.grammar import Grammar, Grammars
 from workers.sglang.request import GrammarSpec, wire_text
+
+log = logging.getLogger(__name__)
 
 
 class Matching(XGrammarGrammar):
@@ -90,6 +94,8 @@ class Backend(BaseGrammarBackend):
             return Matching(grammar, self._vocab_size)
         except TandemError as error:
             return InvalidGrammarObject(wire_text(error))
+        except Exception as error:  # noqa: BLE001 - SGLang would log it with all that a client sent
+            return InvalidGrammarObject(wire_text(_unforeseen(error)))
 
     def _started(self, never: Iterable[int]) -> Grammars:
         """For all requests, with what the first one says must never come: it is the model's."""
@@ -102,3 +108,11 @@ class Backend(BaseGrammarBackend):
                     never=never,
                 )
             return self._grammars
+
+
+def _unforeseen(error: Exception) -> EngineFailed:
+    """``error`` without its words, which may be a client's."""
+    kind = type(error).__name__
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    log.error("error while making a grammar: %s at %s:%s", kind, frame.filename, frame.lineno)
+    return EngineFailed(f"The grammar could not be made ({kind}).")

@@ -11,7 +11,7 @@
   running requests need; what waits to be asked again is left out.
 
 ``install`` arranges for it in each process before SGLang is imported. Where SGLang's code is not
-the one that is changed here, its import raises ``Changed``: the server does not start.
+the one that is changed here, its import raises ``ChangedError``: the server does not start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workers.sglang.server import imports, version
 Function = Callable[..., Any]
 
 
-class Changed(RuntimeError):
+class ChangedError(RuntimeError):
     """SGLang's code is not what Tandem knows."""
 
     def __init__(self, what: str) -> None:
@@ -43,11 +43,11 @@ def install() -> None:
     """Have SGLang's modules changed when they are imported.
 
     Raises:
-        Changed: there is no such module.
+        ChangedError: there is no such module.
     """
     for name, action in ACTIONS.items():
         if not _is_there(name):
-            raise Changed(name)
+            raise ChangedError(name)
         imports.after(name, action)
 
 
@@ -65,14 +65,14 @@ def wrap(
     """Put ``around(function)`` in the place of ``owner``'s function with these parameters.
 
     Raises:
-        Changed: there is no such function.
+        ChangedError: there is no such function.
     """
     function = getattr(owner, name, None)
     what = f"{owner.__name__}.{name}"
     if not inspect.isfunction(function):
-        raise Changed(what)
+        raise ChangedError(what)
     if tuple(inspect.signature(function).parameters) != tuple(parameters):
-        raise Changed(f"the parameters of {what}")
+        raise ChangedError(f"the parameters of {what}")
     setattr(owner, name, around(function))
 
 
@@ -82,7 +82,7 @@ def wrap(
 def _register_backend(module: ModuleType) -> None:
     register = getattr(module, "register_grammar_backend", None)
     if register is None:
-        raise Changed("the registry of grammar backends")
+        raise ChangedError("the registry of grammar backends")
     register(GRAMMAR_BACKEND, _backend)
 
 
@@ -154,14 +154,25 @@ def _preparing(prepare: Function) -> Function:
     return prepare_with_answers
 
 
-def _cumulating(cumulate: Function) -> Function:
+def _cumulating(_cumulate: Function) -> Function:
+    import torch
+
     def cumulate_answers(self: Any, output_ids: Any) -> None:
-        rows = [row for row, req in enumerate(self.orchestrator.reqs()) if req.output_ids]
-        if len(rows) == len(output_ids):
-            cumulate(self, output_ids)
-        elif rows:  # of the others SGLang gives the prompt's last token
-            penalties = self.repetition_penalties[rows, 0]
-            self.cumulated_repetition_penalties[rows, output_ids[rows]] = penalties
+        # SGLang gives the newest one known, or the prompt's last. Answers have grown by two
+        # where another request's prefill has come between two steps.
+        pairs = [
+            (row, token_id)
+            for row, req in enumerate(self.orchestrator.reqs())
+            if req.sampling_params.repetition_penalty != 1.0
+            for token_id in req.output_ids[-2:]
+        ]
+        if not pairs:
+            return
+        # As SGLang does it: to wait for the copy would be to wait for the step before.
+        found = torch.tensor(pairs, pin_memory=output_ids.is_cuda)
+        rows, token_ids = found.to(output_ids.device, non_blocking=True).unbind(1)
+        penalties = self.repetition_penalties[rows, 0]
+        self.cumulated_repetition_penalties[rows, token_ids] = penalties
 
     return cumulate_answers
 

@@ -70,8 +70,7 @@ def serve(argv: Sequence[str]) -> None:
         args = with_torch_attention(args)
     try:
         settings = prepare_server_args(args)
-        if version.compare(version.installed() or ""):
-            version.import_all(filter(None, map(os.environ.get, EXTENSIONS)))
+        version.import_all(filter(None, map(os.environ.get, EXTENSIONS)))
         run_server(settings)
     finally:
         kill_process_tree(os.getpid(), include_parent=False)

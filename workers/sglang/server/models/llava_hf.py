@@ -121,7 +121,8 @@ class LlavaForConditionalGeneration(nn.Module):
             if name.startswith("language_model."):
                 language.append((name.removeprefix("language_model."), weight))
             elif name in own or not UNUSED.search(name):
-                parameter = own[name]
+                if (parameter := own.get(name)) is None:
+                    raise ValueError(f"The checkpoint has a weight that the model lacks: {name}")
                 getattr(parameter, "weight_loader", default_weight_loader)(parameter, weight)
                 missing.discard(name)
         if missing:
