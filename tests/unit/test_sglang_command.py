@@ -160,7 +160,9 @@ def environment(device: Device, **inherited: str) -> dict[str, str]:
 def test_the_cpu_engine_is_asked_for_on_a_cpu_only() -> None:
     assert environment("cpu")["SGLANG_USE_CPU_ENGINE"] == "1"
     assert "SGLANG_USE_CPU_ENGINE" not in environment("cuda", SGLANG_USE_CPU_ENGINE="1")
-    assert "TORCHDYNAMO_DISABLE" not in environment("cuda")
+    for name in ("TORCHDYNAMO_DISABLE", "OMP_WAIT_POLICY"):
+        assert name in environment("cpu")
+        assert name not in environment("cuda")
 
 
 def test_what_the_user_has_set_survives() -> None:

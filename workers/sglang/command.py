@@ -203,4 +203,7 @@ def server_environment(
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
         # The first request with a repetition penalty stopped everyone for 17 s of compilation.
         environment.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # Threads that spin for their next share of work take the cores from the other processes:
+        # with two cores a token of a small model took six times as long.
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
