@@ -4,6 +4,7 @@ from sglang.srt.managers.mm_utils import tensor_hash
 from sglang.srt.managers.schedule_batch import Modality
 from sglang.srt.multimodal.processors.qwen_vl import QwenVLImageProcessor
 
+from workers.sglang.server.hooks import ChangedError
 from workers.sglang.server.placeholders import expand
 from workers.sglang.server.positions import of_pictures
 from workers.sglang.server.processors.ids import PromptAsIds
@@ -14,6 +15,11 @@ FAMILIES = (
     "Qwen3VLForConditionalGeneration",
     "Qwen3VLMoeForConditionalGeneration",
 )
+
+REPLACED = ("_compute_image_only_mrope_positions_from_offsets", "build_input_ids")
+for _name in REPLACED:
+    if not hasattr(QwenVLImageProcessor, _name):
+        raise ChangedError(f"QwenVLImageProcessor.{_name}")
 
 
 class QwenVLProcessor(QwenVLImageProcessor, PromptAsIds):
