@@ -1,7 +1,7 @@
 """Interchangeable, proven: 300 prompts to either kind through the controller, the same tokens.
 
-float32, greedy, on the CPU. Half of the prompts at a time are answered by the other kind, eight at
-once, so that both are asked in batches of all sorts.
+float32, greedy, on the CPU. Both kinds are asked at the same time, eight prompts at once and in
+opposite order, so that each prompt shares its batch with others in either kind.
 """
 
 from __future__ import annotations
