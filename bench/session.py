@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,48 @@ from bench.processes import Harness, ProcessFailed
 from bench.results import Keep, commit
 
 Lines = list[dict[str, Any]]
+
+
+def parser_of(module: str, description: str | None, parts: Sequence[str]) -> ArgumentParser:
+    """What ``python -m module`` of several ``parts`` takes whatever they are."""
+    parser = ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)} (all)")
+    add("--device", default="cpu", help="of the workers (cpu)")
+    add("--out", type=Path, help="append the JSON lines to this file")
+    add("--seed", type=int, default=0, help="of the random choices (0)")
+    return parser
+
+
+def parsed(parser: ArgumentParser, argv: Sequence[str], parts: Sequence[str]) -> Namespace:
+    """``argv`` with the parts to run, all if it names none; exits with 2 for an unknown one."""
+    args = parser.parse_args(argv)
+    for part in args.parts:
+        if part not in parts:
+            parser.error(f"there is no part {part!r}; there are {', '.join(parts)}")
+    args.parts = args.parts or list(parts)
+    return args
+
+
+def run_parts(
+    args: Namespace,
+    measure: Callable[[Namespace, Harness, str, Keep], None],
+    as_it_must_be: Callable[[dict[str, Any]], bool],
+) -> int:
+    """Measure ``args.parts``; the exit code, 1 if a line of results is not ``as_it_must_be``."""
+
+    def work(harness: Harness, keep: Keep) -> None:
+        for part in args.parts:
+            measure(args, harness, part, keep)
+
+    flags = worker_flags(device=args.device, model_path=args.model_path)
+    lines, code = session(work, flags=flags, out=args.out)
+    return code or int(not all(map(as_it_must_be, lines)))
 
 
 def session(

@@ -31,32 +31,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.hf import mixes, precision, speed
 from bench.processes import Harness
 from bench.results import Keep
-from bench.session import session, worker_flags
+from bench.session import parsed, parser_of, run_parts
 
 PARTS = ("speed", "mixes", "precision")
 ADAPTERS = {name: f"models/adapters/{name}" for name in ("formal", "terse")}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("bench.hf", __doc__, PARTS)
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     add("--model-path", help="directory or hub id of the checkpoint (the embedded model)")
-    add("--device", default="cpu", help="of the workers (cpu)")
     add("--dtype", default="auto", help="of the weights, for speed and precision (auto)")
-    add("--out", type=Path, help="append the JSON lines to this file")
-    add("--seed", type=int, default=0, help="of the random choices (0)")
     speeds = parser.add_argument_group("speed").add_argument
     speeds(
         "--levels", type=int, nargs="+", default=[1, 4, 8, 16], help="requests at once (1 4 8 16)"
@@ -72,10 +62,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     exact("--precisions", nargs="+", choices=names, default=names, help="which of them (all)")
     exact("-n", type=int, default=100, help="questions of each section of the exam (100)")
     exact("--only", nargs="+", default=[], help="only sections whose name holds one of these")
-    args = parser.parse_args(argv)
-    for part in args.parts:
-        if part not in PARTS:
-            parser.error(f"there is no part {part!r}; there are {', '.join(PARTS)}")
+    args = parsed(parser, argv, PARTS)
     for name in ("rounds", "requests", "n"):
         if getattr(args, name) < 1:
             parser.error(f"{'-' if name == 'n' else '--'}{name} must be at least 1")
@@ -83,7 +70,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--tokens must be at least 2: speed is measured from the first to the last")
     if min(args.levels) < 1:
         parser.error("--levels must be at least 1")
-    args.parts = args.parts or list(PARTS)
     args.levels = sorted(set(args.levels))
     return args
 
@@ -120,15 +106,7 @@ def measure(args: argparse.Namespace, harness: Harness, part: str, keep: Keep) -
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
-
-    def work(harness: Harness, keep: Keep) -> None:
-        for part in args.parts:
-            measure(args, harness, part, keep)
-
-    flags = worker_flags(device=args.device, model_path=args.model_path)
-    lines, code = session(work, flags=flags, out=args.out)
-    return code or int(not all(map(as_it_must_be, lines)))
+    return run_parts(parse(sys.argv[1:]), measure, as_it_must_be)
 
 
 def as_it_must_be(line: dict[str, Any]) -> bool:

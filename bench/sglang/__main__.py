@@ -33,7 +33,7 @@ from typing import Any
 
 from bench.processes import Harness
 from bench.results import Keep
-from bench.session import session, worker_flags
+from bench.session import parsed, parser_of, run_parts
 from bench.sglang import parity, speed
 from bench.sglang.workload import EMBEDDED, Workload
 from protocol.messages import WorkerStatus
@@ -42,18 +42,9 @@ PARTS = ("overhead", "gain", "parity")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.sglang",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("bench.sglang", __doc__, PARTS)
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all)")
     add("--model-path", help="directory of the checkpoint (the embedded model)")
-    add("--device", default="cpu", help="of the workers (cpu)")
-    add("--out", type=Path, help="append the JSON lines to this file")
-    add("--seed", type=int, default=0, help="of the random choices (0)")
     speeds = parser.add_argument_group("overhead and gain").add_argument
     speeds("--dtype", default="auto", help="of the weights (auto)")
     speeds("--levels", type=int, nargs="+", default=[1, 8, 32], help="requests at once (1 8 32)")
@@ -63,15 +54,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     same = parser.add_argument_group("parity").add_argument
     same("--dtypes", nargs="+", default=["float32", "bfloat16"], help="(float32 bfloat16)")
     same("-n", type=int, default=300, help="prompts (300)")
-    args = parser.parse_args(argv)
-    for part in args.parts:
-        if part not in PARTS:
-            parser.error(f"there is no part {part!r}; there are {', '.join(PARTS)}")
+    args = parsed(parser, argv, PARTS)
     if min(args.rounds, args.requests, args.n, *args.levels) < 1:
         parser.error("--rounds, --requests, --levels and -n must be at least 1")
     if args.tokens < 2:
         parser.error("--tokens must be at least 2: speed is measured from the first to the last")
-    args.parts = args.parts or list(PARTS)
     args.levels = sorted(set(args.levels))
     return args
 
@@ -114,15 +101,7 @@ def as_it_must_be(line: dict[str, Any]) -> bool:
 
 
 def main() -> int:
-    args = parse(sys.argv[1:])
-
-    def work(harness: Harness, keep: Keep) -> None:
-        for part in args.parts:
-            measure(args, harness, part, keep)
-
-    flags = worker_flags(device=args.device, model_path=args.model_path)
-    lines, code = session(work, flags=flags, out=args.out)
-    return code or int(not all(map(as_it_must_be, lines)))
+    return run_parts(parse(sys.argv[1:]), measure, as_it_must_be)
 
 
 if __name__ == "__main__":
