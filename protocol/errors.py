@@ -3,13 +3,19 @@
     TandemError
     ├─ RequestError                 the request is at fault; the same request fails everywhere
     │  ├─ InvalidRequest            422 invalid_request
+    │  ├─ TooLarge                  413 too_large
     │  ├─ ContextOverflow           413 context_overflow
     │  ├─ BadImage                  422 bad_image
     │  ├─ ModelNotFound             404 model_not_found
     │  ├─ AdapterNotFound           404 adapter_not_found
-    │  └─ Unsupported               422 unsupported
+    │  ├─ Unsupported               422 unsupported
+    │  ├─ Unauthenticated           401 unauthenticated
+    │  ├─ Forbidden                 403 forbidden
+    │  ├─ NotFound                  404 not_found
+    │  └─ MethodNotAllowed          405 method_not_allowed
     ├─ CapacityError                not now; the same request may succeed later
     │  ├─ Overloaded                429 overloaded
+    │  ├─ RateLimited               429 rate_limited
     │  ├─ NoReplicaAvailable        503 no_replica
     │  └─ Draining                  503 draining            (retried elsewhere)
     └─ ServingError                 something broke on our side
@@ -40,10 +46,16 @@ class TandemError(Exception):
     default_remedy: ClassVar[str] = "Look into the log of the process that answered."
 
     def __init__(
-        self, message: str, *, remedy: str | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        remedy: str | None = None,
+        retry_after_s: float | None = None,
+        param: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
+        self.param = param  # the field of the request that is at fault, in OpenAI's word
         self.remedy = remedy if remedy is not None else self.default_remedy
         self.retry_after_s = retry_after_s
 
@@ -53,7 +65,7 @@ class TandemError(Exception):
         return self.status
 
     def body(self) -> dict[str, Any]:
-        """The JSON of a refusal.
+        """The JSON of a refusal: ``error`` is OpenAI's object with our code, remedy and wait.
 
         ``text`` and ``error_code`` repeat it for LLaVA's clients, which read nothing else.
         """
@@ -61,6 +73,7 @@ class TandemError(Exception):
             "code": self.code,
             "type": self.family,
             "message": self.message,
+            "param": self.param,
             "remedy": self.remedy,
         }
         if self.retry_after_s is not None:
@@ -78,6 +91,12 @@ class InvalidRequest(RequestError):
     code = "invalid_request"
     status = 422
     default_remedy = "Correct the request; the sentence names the field."
+
+
+class TooLarge(RequestError):
+    code = "too_large"
+    status = 413
+    default_remedy = "Send less at once; the sentence names the limit."
 
 
 class ContextOverflow(RequestError):
@@ -110,6 +129,30 @@ class Unsupported(RequestError):
     default_remedy = "Leave the field out, or choose a worker kind that supports it."
 
 
+class Unauthenticated(RequestError):
+    code = "unauthenticated"
+    status = 401
+    default_remedy = "Send a key of this controller as Authorization: Bearer KEY."
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+    status = 403
+    default_remedy = "Ask whoever runs this controller to allow it."
+
+
+class NotFound(RequestError):
+    code = "not_found"
+    status = 404
+    default_remedy = "GET /openapi.json lists the routes."
+
+
+class MethodNotAllowed(RequestError):
+    code = "method_not_allowed"
+    status = 405
+    default_remedy = "GET /openapi.json lists the routes and their methods."
+
+
 class CapacityError(TandemError):
     """Not now: the request is fine and may succeed later or on another replica."""
 
@@ -120,6 +163,12 @@ class Overloaded(CapacityError):
     code = "overloaded"
     status = 429
     default_remedy = "Try again after the time in Retry-After."
+
+
+class RateLimited(CapacityError):
+    code = "rate_limited"
+    status = 429
+    default_remedy = "Try again after the time in Retry-After, or ask for a higher rate."
 
 
 class NoReplicaAvailable(CapacityError):

@@ -9,12 +9,18 @@ from transport.asgi import retry_after
 
 TABLE = {
     "invalid_request": (422, False),
+    "too_large": (413, False),
     "context_overflow": (413, False),
     "bad_image": (422, False),
     "model_not_found": (404, False),
     "adapter_not_found": (404, False),
     "unsupported": (422, False),
+    "unauthenticated": (401, False),
+    "forbidden": (403, False),
+    "not_found": (404, False),
+    "method_not_allowed": (405, False),
     "overloaded": (429, False),
+    "rate_limited": (429, False),
     "no_replica": (503, False),
     "draining": (503, True),
     "upstream_lost": (502, True),
