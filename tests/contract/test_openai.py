@@ -75,7 +75,7 @@ def test_logprobs(client: OpenAI, kind: dict[str, Any]) -> None:
     assert all(token.top_logprobs[0].token == token.token for token in tokens), "it was greedy"
     assert all(bytes(token.bytes or ()).decode() == token.token for token in tokens)
     assert tokens[0].logprob == pytest.approx(tokens[0].top_logprobs[0].logprob)
-    streamed = []
+    streamed: list[Any] = []
     for chunk in client.chat.completions.create(**asked, stream=True, extra_body=kind):
         for choice in chunk.choices:
             if choice.logprobs is not None:
