@@ -1,0 +1,449 @@
+"""The chat: what is on the page, and which event does what."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from anyio import to_thread
+
+from ui import hero, images, render, states
+from ui.icons import ICONS
+from ui.model import Settings
+from ui.pages.shared import LISTEN, LONG, QUIET, banner, composer, html, owner_of, top
+from ui.parts import HERE, Parts
+from ui.talk import Talk, able
+from ui.view import View
+
+Updates = dict[Any, Any]
+Change = Callable[[], Awaitable[Updates | None]]
+
+HINT = (
+    "<div><kbd>Enter</kbd> send · <kbd>Shift Enter</kbd> new line · <kbd>Esc</kbd> stop · "
+    "answers can be wrong, check what matters</div>"
+)
+
+
+class ChatPage:
+    """Built once; each open page has a ``View``."""
+
+    def __init__(self, parts: Parts, blocks: gr.Blocks) -> None:
+        self._parts = parts
+        self._talk = Talk(parts)
+        with blocks:
+            self._layout()
+            self._wire(blocks)
+
+    # ---------------------------------------------------------------- what is there
+
+    def _layout(self) -> None:
+        parts, limits = self._parts, Settings.model_fields
+        self.view = gr.State(View())
+        self.nav = html(top(parts, "chat"), elem_id="nav", js_on_load=None)
+        with gr.Column(elem_id="side"):
+            self.new = gr.Button("New chat", elem_id="new-chat")
+            self.find = gr.Textbox(
+                placeholder="Search chats", label="Search chats", show_label=False,
+                container=False, elem_id="find", max_length=200,
+            )  # fmt: skip
+            self.list = html("", elem_id="convs", js_on_load=LISTEN)
+        with gr.Column(elem_id="settings"):
+            html(
+                '<div class="sh"><h2>Settings</h2><button type="button" class="ib" data-settings '
+                f'aria-label="Close settings">{ICONS["close"]}</button></div>',
+                js_on_load=None,
+            )
+            self.system = gr.Textbox(
+                label="System prompt", lines=3, placeholder="Optional", max_length=20_000
+            )
+            self.adapter = gr.Dropdown(
+                [("None", "")], value="", label="Adapter", filterable=False, elem_id="adapter"
+            )
+            self.temperature = gr.Slider(
+                0, 2, limits["temperature"].default, step=0.05, label="Temperature"
+            )
+            self.top_p = gr.Slider(0, 1, limits["top_p"].default, step=0.05, label="Top p")
+            self.max_tokens = gr.Slider(
+                1, 4096, limits["max_tokens"].default, step=1, label="Longest answer in tokens"
+            )
+            self.seed = gr.Textbox(
+                label="Seed", placeholder="Random", max_length=19,
+                info="The same seed and question give the same answer.",
+            )  # fmt: skip
+        with gr.Column(elem_id="stage"):
+            with gr.Row(elem_id="bar"):
+                self.model = gr.Dropdown(
+                    [], label="Model", show_label=False, container=False, elem_id="model",
+                    filterable=False,
+                )  # fmt: skip
+                self.kind = gr.Radio(
+                    [("Auto", "auto"), ("SGLang", "sglang"), ("HF", "hf")], value="auto",
+                    label="Backend", show_label=False, container=False, elem_id="backend",
+                    elem_classes="seg",
+                )  # fmt: skip
+                html("", elem_classes="gap", js_on_load=None)
+                self.export = html("", elem_id="export", js_on_load=None)
+                html(
+                    '<button type="button" class="ghost" id="open-settings" data-settings '
+                    'aria-controls="settings">Settings</button>',
+                    js_on_load=None,
+                )
+            self.banner = html("", elem_id="banner", js_on_load=None)
+            self.tx = html("", elem_id="tx", js_on_load=LISTEN)
+            self.live = html("", elem_id="live", js_on_load=None)
+            with gr.Column(elem_id="dock"):
+                self.notice = html("", elem_id="notice", js_on_load=LISTEN)
+                self.box = composer(parts, placeholder="Message, or paste an image")
+                html(HINT, elem_id="hint", js_on_load=None)
+            self.said = html("", elem_id="said", js_on_load=None)
+        self.timer = gr.Timer(2)
+
+    def _wire(self, blocks: gr.Blocks) -> None:
+        asked = [
+            self.model, self.kind, self.adapter, self.temperature, self.top_p, self.max_tokens,
+            self.seed, self.system,
+        ]  # fmt: skip
+        everything = [
+            self.nav, self.list, self.export, self.banner, self.tx, self.live, self.notice,
+            self.box, self.said, *asked,
+        ]  # fmt: skip
+        self.box.submit(self._submit, [self.view, self.box, *asked], everything, **LONG)
+        self.box.stop(self._stop, [self.view], None, **QUIET)
+        self.tx.select(self._act, [self.view, self.box, *asked], everything, **LONG)
+        self.notice.select(self._act, [self.view, self.box, *asked], everything, **LONG)
+        self.list.select(self._act, [self.view, self.box, *asked], everything, **LONG)
+        self.new.click(self._open_new, [self.view], everything, **LONG)
+        self.find.input(
+            self._search, [self.view, self.find], [self.list], **QUIET | {"trigger_mode": "always_last"}
+        )
+        self.timer.tick(self._tick, [self.view, self.model, self.adapter], everything, **QUIET)
+        blocks.load(self._load, [self.view], everything, **LONG)
+
+    # ---------------------------------------------------------------- events
+
+    async def _load(self, view: View, request: gr.Request) -> AsyncIterator[Updates]:
+        wanted = request.query_params.get("c")
+
+        async def change() -> Updates:
+            view.conversation = wanted
+            return {self.nav: top(self._parts, "chat")}
+
+        async for updates in self._write(view, request, change, restore=True):
+            yield updates
+
+    async def _open_new(self, view: View, request: gr.Request) -> AsyncIterator[Updates]:
+        async def change() -> None:
+            view.conversation = None
+
+        async for updates in self._write(view, request, change):
+            yield updates
+
+    async def _submit(
+        self, view: View, message: dict[str, Any], *asked: Any, request: gr.Request
+    ) -> AsyncIterator[Updates]:
+        async for updates in self._send(view, message, _settings(*asked), request):
+            yield updates
+
+    async def _send(
+        self,
+        view: View,
+        message: dict[str, Any],
+        settings: Settings,
+        request: gr.Request,
+        *,
+        shrink: bool = False,
+    ) -> AsyncIterator[Updates]:
+        text, files = (message.get("text") or "").strip(), message.get("files") or []
+        if not text and not files:
+            yield {self.notice: ""}
+            return
+        pictures, problem = await to_thread.run_sync(self._pictures, files, shrink)
+        problem = problem or able(self._parts, settings, images=bool(files))
+        if problem:
+            yield {self.notice: problem}
+            return
+
+        async def change() -> Updates:
+            view.conversation = await self._talk.ask(
+                owner_of(request), view.conversation, text, pictures, settings
+            )
+            return {self.box: gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)}
+
+        async for updates in self._write(view, request, change):
+            yield updates
+
+    async def _act(
+        self,
+        view: View,
+        message: dict[str, Any],
+        *asked: Any,
+        request: gr.Request,
+        event: gr.EventData,
+    ) -> AsyncIterator[Updates]:
+        """A click in the HTML: ``act`` says what, ``i`` in which turn."""
+        settings, owner = _settings(*asked), owner_of(request)
+        data: dict[str, Any] = event._data if isinstance(event._data, dict) else {}
+        act, index = str(data.get("act")), _number(data.get("i"))
+        current, talk = view.conversation, self._talk
+        if act == "shrink":
+            async for updates in self._send(view, message, settings, request, shrink=True):
+                yield updates
+            return
+        if act == "dismiss":
+            yield {self.notice: "", self.box: gr.MultimodalTextbox(value={"text": message.get("text") or "", "files": []})}
+            return
+        restore = False
+
+        async def change() -> Updates | None:
+            nonlocal restore
+            if act == "example" and data.get("k") in hero.EXAMPLES:
+                return await self._example(view, owner, str(data["k"]), settings)
+            if act == "open":
+                view.conversation, restore = str(data.get("k")), True
+            elif act == "new":
+                view.conversation = None
+            elif act == "rename":
+                await self._parts.store(
+                    self._parts.store.db.rename, owner, str(data.get("k")), str(data.get("text"))
+                )
+            elif act == "delete":
+                await talk.delete(owner, str(data.get("k")))
+                if data.get("k") == current:
+                    view.conversation = None
+            elif current is None:
+                return None
+            elif act == "retry":
+                await talk.again(owner, current, index, settings)
+            elif act == "edit":
+                await talk.reword(owner, current, index, str(data.get("text")), settings)
+            elif act == "continue":
+                await talk.go_on(owner, current, index)
+            elif act == "branch":
+                await talk.choose(owner, current, index, _number(data.get("to")))
+            elif act == "judge" and data.get("v") in ("up", "down"):
+                comment = data.get("comment")
+                await talk.judge(
+                    owner, current, index, data["v"], None if comment is None else str(comment)
+                )
+            elif act == "undo":
+                return await self._undo(owner, current)
+            return None
+
+        async for updates in self._write(view, request, change, restore=lambda: restore):
+            yield updates
+
+    async def _example(
+        self, view: View, owner: str, name: str, settings: Settings
+    ) -> Updates | None:
+        problem = able(self._parts, settings, images=name != hero.WITHOUT_PICTURE)
+        if problem:
+            return {self.notice: problem}
+        pictures = []
+        if name != hero.WITHOUT_PICTURE:
+            path = HERE / "examples" / f"{name}.png"
+            pictures.append(images.read(path.name, await to_thread.run_sync(path.read_bytes)))
+        question = hero.EXAMPLES[name][1]
+        view.conversation = await self._talk.ask(owner, None, question, pictures, settings)
+        return None
+
+    async def _undo(self, owner: str, conversation: str) -> Updates | None:
+        turn = await self._talk.take_back(owner, conversation)
+        if turn is None:
+            return None
+        store, files = self._parts.store, []
+        for image in turn.images:
+            found = await store(store.db.image, image.sha256)
+            if found is not None:
+                files.append(await to_thread.run_sync(self._unpack, image.name, found[1]))
+        return {self.box: gr.MultimodalTextbox(value={"text": turn.text, "files": files})}
+
+    async def _stop(self, view: View) -> None:
+        await self._parts.jobs.stop(view.conversation)
+
+    async def _search(self, view: View, text: str, request: gr.Request) -> str:
+        view.search = text
+        return await self._listed(view, owner_of(request))
+
+    async def _tick(
+        self, view: View, model: str | None, adapter: str | None
+    ) -> Updates:
+        """Every two seconds: whatever changed in the cluster, and nothing else."""
+        watch = self._parts.watch
+        cluster, alert = watch.view, banner(self._parts)
+        models = cluster.bases if cluster else []
+        states_ = [(w.worker_id, w.state, w.progress) for w in cluster.workers] if cluster else []
+        seen = (watch.there, tuple(models), str(states_), alert, model)
+        if seen == view.seen:
+            return {self.nav: gr.skip()}
+        view.seen = seen
+        updates: Updates = {
+            self.nav: top(self._parts, "chat"),
+            self.banner: alert,
+        }
+        updates |= self._choices(model, adapter)
+        if view.conversation is None:
+            updates[self.tx] = self._empty()
+        return updates
+
+    # ---------------------------------------------------------------- the page as it is now
+
+    async def _write(
+        self,
+        view: View,
+        request: gr.Request,
+        change: Change,
+        *,
+        restore: bool | Callable[[], bool] = False,
+    ) -> AsyncIterator[Updates]:
+        """Make a change, show everything, and then the running answer until it has ended."""
+        owner, jobs = owner_of(request), self._parts.jobs
+        async with view.writing() as mine:
+            changed = await change() or {}
+            job = jobs.of(view.conversation)
+            wanted = restore() if callable(restore) else restore
+            yield await self._everything(view, owner, writing=job is not None, restore=wanted) | changed
+            if job is None:
+                return
+            view.on_handover(job.wake)
+            async for _ in jobs.frames(job):
+                if not mine():
+                    return
+                yield {self.live: render.live(job, self._parts.watch.view)}
+            if mine():
+                yield await self._everything(view, owner, writing=False) | {
+                    self.said: '<span role="status">The answer is complete.</span>'
+                }
+
+    async def _everything(
+        self, view: View, owner: str, *, writing: bool, restore: bool = False
+    ) -> Updates:
+        parts, store = self._parts, self._parts.store
+        found = None
+        if view.conversation is not None:
+            found = await store(store.db.conversation, owner, view.conversation)
+            if found is None:
+                view.conversation = None
+        job = parts.jobs.of(view.conversation) if writing else None
+        shown = self._empty() if found is None else render.transcript(
+            found, parts.watch.view, root=parts.root, writing=job is not None
+        )  # fmt: skip
+        updates: Updates = {
+            self.tx: shown,
+            self.live: render.live(job, parts.watch.view) if job else "",
+            self.list: await self._listed(view, owner),
+            self.export: render.exports(view.conversation, parts.root),
+            self.notice: "",
+            self.said: "",
+            self.box: gr.MultimodalTextbox(submit_btn=job is None, stop_btn=job is not None),
+        }
+        last = found.turns[-1].answer if found and found.turns else None
+        if restore:
+            view.seen = None
+            updates |= self._restored(last.settings if last else None)
+        return updates
+
+    def _restored(self, settings: Settings | None) -> Updates:
+        """The controls as they were for an answer; as they are, when there is none."""
+        if settings is None:
+            return self._choices(None, None)
+        return self._choices(settings.model, settings.adapter) | {
+            self.kind: settings.kind or "auto",
+            self.temperature: settings.temperature,
+            self.top_p: settings.top_p,
+            self.max_tokens: settings.max_tokens,
+            self.seed: "" if settings.seed is None else str(settings.seed),
+            self.system: settings.system,
+        }
+
+    def _choices(self, model: str | None, adapter: str | None) -> Updates:
+        """Models and adapters as served now; a choice stays, though it may be gone."""
+        cluster = self._parts.watch.view
+        models = list(cluster.bases) if cluster else []
+        chosen = model or (models[0] if models else None)
+        labels = [(name, name) for name in models]
+        if chosen is not None and chosen not in models:
+            labels.append((f"{chosen} (not served now)", chosen))
+        adapters = cluster.adapters(chosen) if cluster else []
+        kept = adapter or ""
+        names = [("None", ""), *((name, name) for name in adapters)]
+        if kept and kept not in adapters:
+            names.append((f"{kept} (not loaded now)", kept))
+        ready = bool(models)
+        return {
+            self.model: gr.Dropdown(choices=labels, value=chosen),
+            self.adapter: gr.Dropdown(choices=names, value=kept),
+            self.box: gr.MultimodalTextbox(
+                placeholder="Message, or paste an image" if ready else "Waiting for a model …"
+            ),
+        }
+
+    def _empty(self) -> str:
+        watch = self._parts.watch
+        if watch.view is not None and watch.view.bases:
+            return f'<div data-c="">{hero.welcome(self._parts.root)}</div>'
+        waiting = hero.unserved(watch.view, self._parts.controller.address, there=watch.there)
+        return f'<div data-c="">{waiting}</div>'
+
+    async def _listed(self, view: View, owner: str) -> str:
+        store = self._parts.store
+        listed = await store(store.db.listed, owner, view.search)
+        return render.conversations(listed, view.conversation, datetime.now().astimezone())
+
+    # ---------------------------------------------------------------- files
+
+    def _pictures(self, files: list[str], shrink: bool) -> tuple[list[images.Picture], str | None]:
+        """The attached images, or the card that says why they cannot be sent; blocking."""
+        settings, found = self._parts.settings, []
+        if len(files) > settings.max_images:
+            return [], states.not_sent(
+                f"{len(files)} images are too many",
+                f"One message may have {settings.max_images}. Remove some; your text is kept.",
+            )
+        try:
+            for file in files:
+                path = Path(file)
+                picture = images.read(path.name, path.read_bytes())
+                if len(picture.data) > settings.max_image_bytes:
+                    if not shrink:
+                        size = len(picture.data)
+                        return [], states.too_large(path.name, size, settings.max_image_bytes)
+                    picture = images.shrink(picture, settings.max_image_bytes)
+                found.append(picture)
+        except images.NotAnImage as exc:
+            return [], states.not_sent("This file cannot be sent", str(exc))
+        except OSError:
+            return [], states.not_sent("An upload is gone", "Attach the image again and send.")
+        return found, None
+
+    def _unpack(self, name: str, data: bytes) -> str:
+        """A file of an image, for the composer; blocking."""
+        folder = self._parts.uploads / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        path = folder / (Path(name).name or "image")
+        path.write_bytes(data)
+        return str(path)
+
+
+def _settings(
+    model: str | None, kind: str, adapter: str | None, temperature: float, top_p: float,
+    max_tokens: float, seed: str, system: str,
+) -> Settings:  # fmt: skip
+    digits = str(seed or "").strip()
+    return Settings(
+        model=model or "",
+        kind=None if kind == "auto" else kind,
+        adapter=adapter or None,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=int(max_tokens),
+        seed=int(digits) % 2**63 if digits.isdecimal() else None,
+        system=system or "",
+    )
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else -1

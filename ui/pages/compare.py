@@ -1,0 +1,3 @@
+from __future__ import annotations
+class ComparePage:
+    def __init__(self, parts, blocks): pass
