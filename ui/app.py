@@ -79,28 +79,28 @@ def _head(root: str) -> str:
 
     def versioned(name: str) -> str:
         digest = hashlib.sha256((HERE / name).read_bytes()).hexdigest()[:12]
-        return f"{root}/assets/{name}?v={digest}"
+        return f"{root}/tandem/{name}?v={digest}"
 
     return (
         '<meta name="color-scheme" content="light dark">'
         '<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover, '
         'interactive-widget=resizes-content">'
         f'<link rel="stylesheet" href="{versioned("ui.css")}">'
-        f'<link rel="stylesheet" href="{root}/vendor/katex/katex.min.css">'
-        f'<script src="{root}/vendor/katex/katex.min.js" defer></script>'
+        f'<link rel="stylesheet" href="{root}/tandem/vendor/katex/katex.min.css">'
+        f'<script src="{root}/tandem/vendor/katex/katex.min.js" defer></script>'
         f'<script src="{versioned("ui.js")}" data-root="{root}" defer></script>'
     )
 
 
 def _files(app: FastAPI, parts: Parts) -> None:
-    app.mount("/vendor", StaticFiles(directory=HERE / "vendor"))
-    app.mount("/examples", StaticFiles(directory=HERE / "examples"))
+    app.mount("/tandem/vendor", StaticFiles(directory=HERE / "vendor"))
+    app.mount("/tandem/examples", StaticFiles(directory=HERE / "examples"))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
         return {"state": "ready", "controller": parts.watch.there}
 
-    @app.get("/assets/{name}")
+    @app.get("/tandem/{name}")
     async def asset(name: str) -> Response:
         if name not in ("ui.css", "ui.js"):
             return PlainTextResponse("There is no such file.\n", 404)
@@ -123,7 +123,7 @@ def _files(app: FastAPI, parts: Parts) -> None:
             }
         )
 
-    @app.get("/media/{sha256}")
+    @app.get("/tandem/media/{sha256}")
     async def media(sha256: str) -> Response:
         """An image by the hash of its content; nobody can guess one they have not seen."""
         found = await parts.store(parts.store.db.image, sha256)
@@ -134,7 +134,7 @@ def _files(app: FastAPI, parts: Parts) -> None:
 
 
 def _downloads(app: FastAPI, parts: Parts) -> None:
-    @app.get("/export/{name}")
+    @app.get("/tandem/export/{name}")
     async def exported(name: str, request: Request) -> Response:
         """A conversation as ``ID.md`` (a zip where there are images) or ``ID.json``."""
         conversation, _, form = name.rpartition(".")

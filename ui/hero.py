@@ -35,7 +35,7 @@ def welcome(root: str) -> str:
 def _drawing(name: str, root: str) -> str:
     if name == WITHOUT_PICTURE:
         return '<span class="num" aria-hidden="true">1 2 3 …</span>'
-    return f'<img src="{root}/examples/{name}.png" alt="" width="96" height="72">'
+    return f'<img src="{root}/tandem/examples/{name}.png" alt="" width="96" height="72">'
 
 
 def unserved(view: ClusterView | None, controller: str, *, there: bool) -> str:

@@ -56,8 +56,8 @@ def transcript(
 
 def _question(index: int, turn: Turn, root: str) -> str:
     images = "".join(
-        f'<a class="im" href="{root}/media/{image.sha256}" target="_blank" rel="noopener">'
-        f'<img src="{root}/media/{image.sha256}" alt="Attached image: {escape(image.name)}" '
+        f'<a class="im" href="{root}/tandem/media/{image.sha256}" target="_blank" rel="noopener">'
+        f'<img src="{root}/tandem/media/{image.sha256}" alt="Attached image: {escape(image.name)}" '
         f'width="{image.width}" height="{image.height}" loading="lazy"></a>'
         for image in turn.images
     )
@@ -233,7 +233,7 @@ def exports(conversation: str | None, root: str) -> str:
     """The menu that takes a conversation away as a file."""
     if conversation is None:
         return ""
-    at = f"{root}/export/{escape(conversation)}"
+    at = f"{root}/tandem/export/{escape(conversation)}"
     return (
         '<details class="menu"><summary class="ghost">Export</summary><div>'
         f'<a href="{at}.md" download>Markdown</a><a href="{at}.json" download>JSON</a></div></details>'

@@ -32,7 +32,7 @@ class State:
 
     name: str  # for tests and styles
     icon: str
-    tone: str  # bad: something broke; wait: not now
+    tone: str  # bad: something broke; later: not now
     title: str
     sentence: str
     buttons: Sequence[Button] = ()
@@ -61,7 +61,7 @@ def of_answer(answer: Answer, view: ClusterView | None, *, alive: bool) -> State
         return State(
             "length",
             "clock",
-            "wait",
+            "later",
             f"The answer reached {answer.figures.completion_tokens or len(answer.token_ids)} tokens",
             "That is the limit of one answer, or the end of what the model can hold. The limit is "
             "in the settings.",
@@ -93,12 +93,12 @@ def _of_failure(answer: Answer, failure: Failure, view: ClusterView | None) -> S
         icon, buttons = "plug", list(_continue_or_retry(answer))
     elif name in ("overloaded", "rate_limited"):
         title = "The queue is full" if name == "overloaded" else "Too many questions at once"
-        icon, tone = "clock", "wait"
+        icon, tone = "clock", "later"
         if wait_s is not None:
             said = f"{failure.message} Your question is kept; it can be sent in {ceil(wait_s)} s."
     elif name == "no_replica":
         title = "No worker serves this model right now"
-        icon, tone = "clock", "wait"
+        icon, tone = "clock", "later"
         said = f"{said} {_loading(view)}".strip()
     elif name in ("model_not_found", "adapter_not_found"):
         title = "This model is not served" if name.startswith("model") else "No such adapter here"
@@ -220,7 +220,7 @@ def away(address: str, reason: str, since_s: float) -> str:
         State(
             "controller-away",
             "plug",
-            "wait",
+            "later",
             "The controller is away",
             f"{address}: {reason}. This page asks again every 2 seconds and reconnects by itself"
             f" ({since_s:.0f} s so far). Your chats stay readable.",
@@ -240,7 +240,7 @@ def too_large(name: str, size: int, limit: int) -> str:
         State(
             "too-large",
             "image",
-            "wait",
+            "later",
             f"“{name}” is {megabytes(size)}; the limit is {megabytes(limit)}",
             "Models look at far fewer pixels, so a smaller copy loses nothing they would see. "
             "Your message is kept.",
@@ -251,7 +251,7 @@ def too_large(name: str, size: int, limit: int) -> str:
 
 def not_sent(title: str, sentence: str) -> str:
     """A message that was not sent, and why."""
-    return card(State("not-sent", "image", "wait", title, sentence, (("dismiss", "All right"),)))
+    return card(State("not-sent", "image", "later", title, sentence, (("dismiss", "All right"),)))
 
 
 def megabytes(size: int) -> str:

@@ -20,7 +20,7 @@
       if (this.drawn === tex) return;
       this.drawn = tex;
       const shadow = this.shadowRoot || this.attachShadow({ mode: 'open' });
-      shadow.innerHTML = `<link rel="stylesheet" href="${root}/vendor/katex/katex.min.css"><style>:host([d]){display:block;overflow-x:auto;overflow-y:hidden;margin:12px 0;padding:2px 0}.katex-display{margin:0!important;text-align:left!important}.katex-display>.katex{text-align:left!important}</style><span></span>`;
+      shadow.innerHTML = `<link rel="stylesheet" href="${root}/tandem/vendor/katex/katex.min.css"><style>:host([d]){display:block;overflow-x:auto;overflow-y:hidden;margin:12px 0;padding:2px 0}.katex-display{margin:0!important;text-align:left!important}.katex-display>.katex{text-align:left!important}</style><span></span>`;
       try {
         katex.render(tex, shadow.lastChild, { displayMode: this.hasAttribute('d'), throwOnError: false, trust: false, maxSize: 20, maxExpand: 200 });
       } catch { shadow.lastChild.textContent = tex; }
@@ -83,7 +83,9 @@
     const made = form('edit say', { label: v === 'up' ? 'What was good? (optional)' : 'What was wrong? (optional)', send: 'Save comment', empty: true, lines: false },
       comment => { if (comment) trigger('select', { act: 'judge', i: index, v, comment }); });
     // After the page has been drawn with the vote, or the drawing would take the form along.
-    const box = document.querySelector('#said'); box?.after(made); made.classList.add('float');
+    made.classList.add('float');
+    document.querySelectorAll('form.float').forEach(other => other.remove());
+    document.querySelector('#dock').prepend(made);
   }
 
   function rename(row, trigger) {

@@ -143,7 +143,7 @@ class ChatPage:
             yield updates
 
     async def _submit(
-        self, view: View, message: dict[str, Any], *asked: Any, request: gr.Request
+        self, view: View, message: dict[str, Any], request: gr.Request, *asked: Any
     ) -> AsyncIterator[Updates]:
         async for updates in self._send(view, message, _settings(*asked), request):
             yield updates
@@ -180,9 +180,9 @@ class ChatPage:
         self,
         view: View,
         message: dict[str, Any],
-        *asked: Any,
         request: gr.Request,
         event: gr.EventData,
+        *asked: Any,
     ) -> AsyncIterator[Updates]:
         """A click in the HTML: ``act`` says what, ``i`` in which turn."""
         settings, owner = _settings(*asked), owner_of(request)
