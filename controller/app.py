@@ -8,13 +8,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controller import openai
 from controller.dispatch import Demand, Dispatcher, eligible
+from controller.gate import caller_of
 from controller.generation import Generator
 from controller.liveness import Liveness
 from controller.metrics import Metrics
@@ -91,8 +92,10 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
         return await controller.liveness.renew(heartbeat)
 
     @app.post("/refresh_all_workers")
-    async def refresh_all_workers() -> None:
-        await controller.liveness.refresh()
+    async def refresh_all_workers(request: Request) -> None:
+        """LLaVA's and FastChat's clients ask for it first; only an operator's has an effect."""
+        if caller_of(request.scope).operator:
+            await controller.liveness.refresh()
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
@@ -108,20 +111,24 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
 
 def _model_routes(app: FastAPI, controller: Controller) -> None:
     @app.post("/list_models")
-    async def list_models() -> dict[str, list[str]]:
-        return {"models": controller.registry.models()}
+    async def list_models(request: Request) -> dict[str, list[str]]:
+        caller = caller_of(request.scope)
+        return {"models": [name for name in controller.registry.models() if caller.allows(name)]}
 
     @app.get("/v1/models")
-    async def v1_models() -> dict[str, Any]:
+    async def v1_models(request: Request) -> dict[str, Any]:
+        caller = caller_of(request.scope)
         models = [
             {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
             for name in controller.registry.models()
+            if caller.allows(name)
         ]
         return {"object": "list", "data": models}
 
     @app.post("/get_worker_address")
-    async def get_worker_address(body: ModelName) -> dict[str, str]:
+    async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
         """Where a LLaVA client would send a request for this model; "" when nowhere."""
+        caller_of(request.scope).check_model(body.model)
         demand = Demand(body.model, None, None, frozenset(), 0.0, 0)
         try:
             replicas = eligible(controller.registry, demand)
@@ -227,7 +234,9 @@ class _GenerateStream:
             await asgi.send_error(send, error, _id_header(request_id))
             return
         request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(request, body, request_id)
+        frames = self._controller.generator.stream(
+            request, body, request_id, caller=caller_of(scope)
+        )
         sse = asgi.accepts_sse(scope)
         await asgi.respond(
             receive,
@@ -258,7 +267,9 @@ class _ChatCompletions:
             await asgi.send_error(send, error, headers)
             return
         worker_body = request.model_dump_json(exclude_none=True).encode()
-        frames = self._controller.generator.stream(request, worker_body, request_id)
+        frames = self._controller.generator.stream(
+            request, worker_body, request_id, caller=caller_of(scope)
+        )
         completion = openai.Completion(asked, request_id)
         if asked.stream:
             chunks, media_type = completion.chunks(frames), SSE_MEDIA_TYPE
