@@ -5,7 +5,8 @@
   python -m controller keys remove NAME    it is refused from now on
 
 The file is --api-key-file, else TANDEM_API_KEY_FILE, else tandem-keys.json in this folder. A
-controller that was started with `--api-key-file FILE` notices a change within two seconds. Exit codes: 0 done, 2 a mistake.
+controller that was started with `--api-key-file FILE` notices a change within two seconds.
+Exit codes: 0 done, 2 a mistake.
 """
 
 from __future__ import annotations
