@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from controller import keys
 from controller.callers import KeyRing
 from controller.gate import Gate
+from controller.intake import Intake
 from controller.settings import ControllerSettings
 from transport.process import usage_error
 
@@ -33,10 +34,12 @@ async def prepare(settings: ControllerSettings) -> KeyRing | None:
         if not settings.local:
             log.warning("clients need no key; --api-key-file asks them for one")
         return None
+    intake = Intake(settings.max_images, settings.max_tokens, settings.aliases)
     try:
-        ring = KeyRing(await asyncio.to_thread(keys.load, path), time.monotonic)
+        file = await asyncio.to_thread(keys.load, path)
     except keys.KeyFileError as exc:
         usage_error(f"--api-key-file: {exc}")
+    ring = KeyRing(file, time.monotonic, intake.resolve)
     if (complaint := await asyncio.to_thread(keys.exposed, path)) is not None:
         log.warning("%s", complaint)
     if not len(ring):

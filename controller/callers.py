@@ -62,18 +62,21 @@ class KeyCaller(Caller):
         requests: Bucket | None,
         tokens: Bucket | None,
         clock: Callable[[], float],
+        resolve: Callable[[str], str],
     ) -> None:
         super().__init__()
         self.name: str = key.name
         self.key = key
         self.requests = requests
         self.tokens = tokens
-        self._models = frozenset(key.models)
+        self._models = frozenset(resolve(model) for model in key.models)
         self._clock = clock
+        self._resolve = resolve
 
     def allows(self, model: str, adapter: str | None = None) -> bool:
         if not self._models:
             return True
+        model = self._resolve(model)
         names = {model, split_model(model)[0]}  # who may use a model may use its adapters
         if adapter is not None:
             names.add(f"{model}:{adapter}")
@@ -102,8 +105,12 @@ class KeyCaller(Caller):
 class KeyRing:
     """The holders of all keys. ``replace`` keeps what those that stay have used."""
 
-    def __init__(self, file: KeyFile, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, file: KeyFile, clock: Callable[[], float], resolve: Callable[[str], str]
+    ) -> None:
+        """``resolve`` makes an alias the name of its model."""
         self._clock = clock
+        self._resolve = resolve
         self._callers: dict[str, KeyCaller] = {}
         self.replace(file)
 
@@ -131,6 +138,7 @@ class KeyRing:
             self._bucket(key.requests_per_minute, requests),
             self._bucket(key.tokens_per_minute, tokens),
             self._clock,
+            self._resolve,
         )
 
     def _bucket(self, per_minute: int | None, known: Bucket | None) -> Bucket | None:
