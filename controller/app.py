@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from controller import openapi
 from controller.callers import Caller
@@ -74,7 +74,7 @@ class Controller:
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
 
-def create_app(controller: Controller) -> ASGIApp:
+def create_app(controller: Controller) -> asgi.Beside:
     """All routes over ``controller``."""
     app = FastAPI(
         title="Tandem controller",
@@ -87,7 +87,7 @@ def create_app(controller: Controller) -> ASGIApp:
     _model_routes(app, controller)
     _operator_routes(app, controller)
     openapi.describe(app)
-    return asgi.beside(
+    return asgi.Beside(
         app,
         {
             "/worker_generate_stream": _GenerateStream(controller),

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import orjson
 from anyio import CancelScope
+from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -76,23 +77,25 @@ def id_header(request_id: str) -> tuple[bytes, bytes]:
     return (REQUEST_ID_HEADER, request_id.encode())
 
 
-def beside(app: ASGIApp, streams: Mapping[str, ASGIApp]) -> ASGIApp:
+class Beside:
     """``app`` with the paths of ``streams``, which are POSTed to, taken out before its middleware:
     that would cost every chunk several calls."""
-    plain = _Plain(app)
 
-    async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        stream = streams.get(scope["path"]) if scope["type"] == "http" else None
+    def __init__(self, app: FastAPI, streams: Mapping[str, ASGIApp]) -> None:
+        self.app = app
+        self.streams = streams
+        self._plain = _Plain(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = self.streams.get(scope["path"]) if scope["type"] == "http" else None
         if stream is None:
-            await plain(scope, receive, send)
+            await self._plain(scope, receive, send)
         elif scope["method"] == "POST":
             await stream(scope, receive, send)
         else:
             error = MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}.")
             headers = [(b"allow", b"POST"), id_header(request_id(scope))]
             await send_error(send, error, headers)
-
-    return route
 
 
 class _Plain:
