@@ -97,8 +97,7 @@ async def serve(
     from ui.watch import Watch
 
     address = process.address_of(sock)
-    token = settings.api_key.get_secret_value() if settings.api_key else None
-    controller = Controller(settings.controller_address, token=token)
+    controller = Controller(settings.controller_address, token=settings.token)
     store = Store(database)
 
     async def save(answer: Answer) -> None:

@@ -9,11 +9,12 @@ from urllib.parse import quote
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from protocol.errors import EngineFailed, NotFound, TandemError, UpstreamLost, from_wire
 from protocol.events import SSE_MEDIA_TYPE, Delta, Event, SseDecoder
 from protocol.messages import Message, WorkerStatus
+from transport import credentials
 
 CONTROL_TIMEOUT_S = 5.0
 EVENT_TIMEOUT_S = 330.0
@@ -85,12 +86,11 @@ class RequestState(Message):
 class Controller:
     """The calls of this page to its controller."""
 
-    def __init__(self, address: str, *, token: str | None = None) -> None:
+    def __init__(self, address: str, *, token: SecretStr | None = None) -> None:
         self.address = address
-        headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._http = httpx.AsyncClient(
             base_url=address,
-            headers=headers,
+            headers=credentials.headers(token),
             timeout=CONTROL_TIMEOUT_S,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
             trust_env=False,

@@ -54,6 +54,7 @@ class Job:
         self._clock = clock
         self._begun_at = clock()
         self._first_at: float | None = None
+        self._ended_at: float | None = None
         self._received = 0
         self._changed = asyncio.Event()
         self._first = asyncio.Event()
@@ -74,11 +75,22 @@ class Job:
         return self._clock() - self._begun_at
 
     @property
+    def ttft_s(self) -> float | None:
+        """The time to the first token, once it is there."""
+        return None if self._first_at is None else self._first_at - self._begun_at
+
+    @property
+    def total_s(self) -> float:
+        """How long it has taken, or took."""
+        return (self._ended_at or self._clock()) - self._begun_at
+
+    @property
     def tokens_per_s(self) -> float | None:
-        """So far; ``None`` before there is a rate."""
+        """The rate after the first token; ``None`` before there is one."""
         if self._first_at is None or self._received < 2:
             return None
-        return (self._received - 1) / max(self._clock() - self._first_at, 0.001)
+        seconds = (self._ended_at or self._clock()) - self._first_at
+        return (self._received - 1) / max(seconds, 0.001)
 
     @property
     def text(self) -> str:
@@ -119,6 +131,7 @@ class Job:
             log.exception("an answer ended in a fault", extra={"request_id": answer.request_id})
             self._fail(Failure(code="page_failed", message="The page itself made a mistake."))
         finally:
+            self._ended_at = self._clock()
             asking.cancel()
             saving.cancel()
             await asyncio.gather(asking, saving, return_exceptions=True)
@@ -154,19 +167,17 @@ class Job:
         self.answer.failure = failure
 
     def _figures(self) -> Figures:
-        if self._first_at is None:
-            return self.answer.figures
-        duration_s = self._clock() - self._begun_at
-        decode_s = self._clock() - self._first_at
         told = self.answer.figures
-        update: dict[str, Any] = {
-            "ttft_s": self._first_at - self._begun_at,
-            "duration_s": duration_s,
-            "completion_tokens": told.completion_tokens or len(self.answer.token_ids),
-        }
-        if self._received > 1 and decode_s > 0:
-            update["tokens_per_s"] = (self._received - 1) / decode_s
-        return told.model_copy(update=update)
+        if not self.started:
+            return told
+        return told.model_copy(
+            update={
+                "ttft_s": self.ttft_s,
+                "duration_s": self.total_s,
+                "tokens_per_s": self.tokens_per_s,
+                "completion_tokens": told.completion_tokens or len(self.answer.token_ids),
+            }
+        )
 
     async def _ask_where(self) -> None:
         """Until the first token ask for the place in the queue, then once for the worker."""

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import LOOPBACK, ProcessSettings, check_address
+from transport.process import ProcessSettings, check_address
 
 
 def default_data_dir() -> Path:
@@ -45,9 +45,15 @@ class UiSettings(ProcessSettings):
         default=10 << 20, ge=1024, description="largest image that is sent as it is"
     )
     max_images: int = Field(default=8, ge=0, le=64, description="images in one message")
-    api_key: SecretStr | None = Field(
-        default=None, description="key for a controller that asks for one (better: TANDEM_API_KEY)"
+    api_key: CliSuppress[SecretStr | None] = Field(
+        default=None, description="key for a controller that asks for one"
     )
+
+    @field_validator("host")
+    @classmethod
+    def _guarded(cls, value: str) -> str:
+        """Here it is --auth that guards, not the cluster's token: see below."""
+        return value
 
     @field_validator("controller_address")
     @classmethod
@@ -78,13 +84,18 @@ class UiSettings(ProcessSettings):
 
     @model_validator(mode="after")
     def _not_open_to_the_world(self) -> UiSettings:
-        if not self.auth and (self.share or self.host not in LOOPBACK):
+        if not self.auth and (self.share or not self.local):
             open_to = "--share" if self.share else f"--host {self.host}"
             raise ValueError(
                 f"{open_to} lets others in, and anyone could use the cluster: "
                 "give --auth user:password as well"
             )
         return self
+
+    @property
+    def token(self) -> SecretStr | None:
+        """What the page shows its controller: the cluster's token, or else a client's key."""
+        return self.cluster_token or self.api_key
 
     @property
     def users(self) -> dict[str, str]:

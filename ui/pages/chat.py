@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from anyio import to_thread
 
-from ui import hero, images, render, states
+from ui import hero, images, render
 from ui.icons import ICONS
 from ui.model import Settings
 from ui.pages.shared import LISTEN, LONG, QUIET, banner, composer, html, owner_of, top
 from ui.parts import HERE, Parts
 from ui.talk import Talk, able
+from ui.uploads import attached, unpack
 from ui.view import View
 
 Updates = dict[Any, Any]
@@ -161,7 +160,7 @@ class ChatPage:
         if not text and not files:
             yield {self.notice: ""}
             return
-        pictures, problem = await to_thread.run_sync(self._pictures, files, shrink)
+        pictures, problem = await to_thread.run_sync(attached, self._parts.settings, files, shrink)
         problem = problem or able(self._parts, settings, images=bool(files))
         if problem:
             yield {self.notice: problem}
@@ -258,7 +257,9 @@ class ChatPage:
         for image in turn.images:
             found = await store(store.db.image, image.sha256)
             if found is not None:
-                files.append(await to_thread.run_sync(self._unpack, image.name, found[1]))
+                files.append(
+                    await to_thread.run_sync(unpack, self._parts.uploads, image.name, found[1])
+                )
         return {self.box: gr.MultimodalTextbox(value={"text": turn.text, "files": files})}
 
     async def _stop(self, view: View) -> None:
@@ -392,40 +393,6 @@ class ChatPage:
         store = self._parts.store
         listed = await store(store.db.listed, owner, view.search)
         return render.conversations(listed, view.conversation, datetime.now().astimezone())
-
-    # ---------------------------------------------------------------- files
-
-    def _pictures(self, files: list[str], shrink: bool) -> tuple[list[images.Picture], str | None]:
-        """The attached images, or the card that says why they cannot be sent; blocking."""
-        settings, found = self._parts.settings, []
-        if len(files) > settings.max_images:
-            return [], states.not_sent(
-                f"{len(files)} images are too many",
-                f"One message may have {settings.max_images}. Remove some; your text is kept.",
-            )
-        try:
-            for file in files:
-                path = Path(file)
-                picture = images.read(path.name, path.read_bytes())
-                if len(picture.data) > settings.max_image_bytes:
-                    if not shrink:
-                        size = len(picture.data)
-                        return [], states.too_large(path.name, size, settings.max_image_bytes)
-                    picture = images.shrink(picture, settings.max_image_bytes)
-                found.append(picture)
-        except images.NotAnImage as exc:
-            return [], states.not_sent("This file cannot be sent", str(exc))
-        except OSError:
-            return [], states.not_sent("An upload is gone", "Attach the image again and send.")
-        return found, None
-
-    def _unpack(self, name: str, data: bytes) -> str:
-        """A file of an image, for the composer; blocking."""
-        folder = self._parts.uploads / secrets.token_hex(16)
-        folder.mkdir(parents=True)
-        path = folder / (Path(name).name or "image")
-        path.write_bytes(data)
-        return str(path)
 
 
 def _settings(
