@@ -116,7 +116,7 @@ class ChatPage:
         self.notice.select(self._act, [self.view, self.box, *asked], everything, **LONG)
         self.list.select(self._act, [self.view, self.box, *asked], everything, **LONG)
         self.new.click(self._open_new, [self.view], everything, **LONG)
-        self.find.input(
+        self.find.change(
             self._search, [self.view, self.find], [self.list], **QUIET | {"trigger_mode": "always_last"}
         )
         self.timer.tick(self._tick, [self.view, self.model, self.adapter], everything, **QUIET)
