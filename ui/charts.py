@@ -17,15 +17,19 @@ def ceiling(value: float) -> float:
     if value <= 0:
         return 1.0
     power: float = 10.0 ** math.floor(math.log10(value))
-    return next(k * power for k in (1, 1.5, 2, 3, 4, 6, 8, 10, 15) if k * power >= value * 1.02)
+    return next(k * power for k in (1, 2, 4, 6, 8, 10, 20) if k * power >= value * 1.02)
 
 
 def lines(
     title: str, names: Sequence[str], series: Sequence[Values], say: Callable[[float], str],
-    *, slots: int, filled: bool = False,
+    *, slots: int, filled: bool = False, least: float = 0.0,
 ) -> str:  # fmt: skip
-    """A chart; each of ``series`` is right-aligned in ``slots`` places, ``None`` is a gap."""
-    top = ceiling(max((v for values in series for v in values if v is not None), default=0.0))
+    """A chart; each of ``series`` is right-aligned in ``slots`` places, ``None`` is a gap.
+
+    Its axis ends at ``least`` or above.
+    """
+    largest = max((v for values in series for v in values if v is not None), default=0.0)
+    top = max(least, ceiling(largest))
 
     def x(place: float) -> float:
         return LEFT + (WIDTH - LEFT - 4) * place / max(1, slots - 1)

@@ -116,7 +116,7 @@ def _better(mine: dict[str, float | None], other: dict[str, float | None]) -> se
 def _race(duel: Duel) -> str:
     longest = max(*(side.job.total_s for side in duel.sides), 0.1)
     rows, told = [], []
-    for name, side, colour in zip(duel.names, duel.sides, "sh", strict=True):
+    for name, side, colour in zip(duel.names, duel.sides, _colours(duel), strict=True):
         total = side.job.total_s
         first = total if side.ttft_s is None else side.ttft_s
         begun, length = 100 * first / longest, 100 * max(0.0, total - first) / longest
@@ -132,6 +132,12 @@ def _race(duel: Duel) -> str:
     return (
         f'<div class="race" role="img" aria-label="Time: {", ".join(told)}">{"".join(rows)}</div>'
     )
+
+
+def _colours(duel: Duel) -> str:
+    """Each kind in the colour of its badge, where that tells them apart and is no secret."""
+    kinds = [side.job.answer.kind for side in duel.sides]
+    return "hs" if kinds == ["hf", "sglang"] and not duel.hidden else "sh"
 
 
 def _pane(duel: Duel, name: str, side: Side, won: set[str]) -> str:

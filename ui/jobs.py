@@ -26,6 +26,9 @@ FRAME_S = 0.05
 CROWD_S = 0.006
 """And less often by this much for each answer that is written at the same time."""
 
+RATE_S = 0.05
+"""Tokens that came within less say nothing of a rate: they may have waited together."""
+
 ASK_S = 0.5
 SAVE_S = 2.0
 
@@ -86,11 +89,11 @@ class Job:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """The rate after the first token; ``None`` before there is one."""
-        if self._first_at is None or self._received < 2:
+        """The rate after the first token; ``None`` before there is one worth telling."""
+        if self._first_at is None:
             return None
         seconds = (self._ended_at or self._clock()) - self._first_at
-        return (self._received - 1) / max(seconds, 0.001)
+        return (self._received - 1) / seconds if seconds >= RATE_S else None
 
     @property
     def text(self) -> str:

@@ -19,6 +19,10 @@ EVENTS = 12
 DOTS = {"ready": "", "starting": "am", "draining": "am"}
 WHAT = {
     "registered": ("", "registered"),
+    "restarted": ("am", "was restarted"),
+    "starting": ("am", "is starting"),
+    "ready": ("", "is ready"),
+    "draining": ("am", "is draining"),
     "lost": ("rd", "was lost"),
     "expired": ("rd", "fell silent and was forgotten"),
     "left": ("am", "left"),
@@ -121,17 +125,16 @@ def _ready(view: ClusterView) -> str:
 
 def plots(watch: Watch) -> str:
     past = list(watch.history)
-    whole = "{:.0f}".format
     return (
         '<div class="chs">'
         + charts.lines(
             "Tokens per second", ["all workers"], [[s.tokens_per_s for s in past]],
-            lambda v: f"{v:.0f}" if v >= 3 or v == 0 else f"{v:.1f}", slots=SAMPLES, filled=True,
+            "{:.0f}".format, slots=SAMPLES, filled=True, least=10,
         )
         + charts.lines(
             "Requests", ["running", "waiting"],
             [[float(s.running) for s in past], [float(s.waiting) for s in past]],
-            lambda v: whole(v) if v == int(v) else f"{v:.1f}", slots=SAMPLES,
+            "{:.0f}".format, slots=SAMPLES, least=4,
         )
         + charts.lines(
             "Time to first token", ["median", "95 %"],
