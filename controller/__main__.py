@@ -13,6 +13,7 @@ import logging
 import random
 import time
 
+from controller.accounts import Accounts
 from controller.aggregate import aggregate
 from controller.app import Controller, create_app
 from controller.dispatch import Dispatcher
@@ -22,7 +23,7 @@ from controller.metrics import Metrics
 from controller.policy import POLICIES
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
-from transport import process
+from transport import process, tracing
 from transport.client import HttpPool
 from transport.membership import Membership
 
@@ -36,7 +37,9 @@ def main() -> None:
     process.run(lambda stop: serve(settings, stop))
 
 
-def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, HttpPool]:
+def wire(
+    settings: ControllerSettings, controller_id: str, tracer: tracing.Tracer | None = None
+) -> tuple[Controller, HttpPool]:
     """Make the parts and join them; needs a running event loop."""
     epoch = time.time_ns()
     registry = Registry(
@@ -62,8 +65,9 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         dispatcher.wake()
 
     pool = HttpPool(connect_timeout_s=settings.connect_timeout_s)
-    metrics = Metrics(registry, dispatcher)
-    generator = Generator(settings, dispatcher, liveness, pool, metrics, time.monotonic)
+    metrics = Metrics(registry, dispatcher, time.monotonic)
+    accounts = Accounts(metrics, time.monotonic, tracer)
+    generator = Generator(settings, dispatcher, liveness, pool, accounts, time.monotonic)
     controller = Controller(
         settings=settings,
         registry=registry,
@@ -71,6 +75,7 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         dispatcher=dispatcher,
         generator=generator,
         metrics=metrics,
+        accounts=accounts,
         policy=policy,
         random=source,
         clock=time.monotonic,
@@ -89,7 +94,11 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     """Serve until a signal, then finish what runs; returns the exit code."""
     sock = process.bind(settings.host, settings.port)
     address = settings.own_address or process.address_of(sock)
-    controller, pool = wire(settings, f"controller-{sock.getsockname()[1]}")
+    controller_id = f"controller-{sock.getsockname()[1]}"
+    tracer = await tracing.connect(
+        settings.otlp_endpoint, service="tandem-controller", instance=controller_id
+    )
+    controller, pool = wire(settings, controller_id, tracer)
     server = process.Server(create_app(controller), sock, grace_s=settings.drain_timeout_s)
     await server.start()
     log.info("listening", extra={"address": address})
@@ -111,6 +120,8 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await server.kill()
         await controller.liveness.aclose()
         pool.close()
+        if tracer is not None:
+            await tracer.aclose()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controller import openai
+from controller.accounts import Accounts
 from controller.dispatch import Demand, Dispatcher, eligible
 from controller.generation import Generator
 from controller.liveness import Liveness
@@ -56,6 +57,7 @@ class Controller:
     dispatcher: Dispatcher
     generator: Generator
     metrics: Metrics
+    accounts: Accounts
     policy: Policy
     random: Random
     clock: Callable[[], float]
@@ -140,7 +142,7 @@ def _operator_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/cluster")
     async def cluster() -> dict[str, Any]:
@@ -224,10 +226,11 @@ class _GenerateStream:
         except asgi.ClientLeft:
             return
         except TandemError as error:
+            self._controller.accounts.refused(error, request_id, scope["path"], scope["headers"])
             await asgi.send_error(send, error, _id_header(request_id))
             return
         request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(request, body, request_id)
+        frames = self._controller.generator.stream(request, body, request_id, scope["headers"])
         sse = asgi.accepts_sse(scope)
         await asgi.respond(
             receive,
@@ -255,10 +258,13 @@ class _ChatCompletions:
         except asgi.ClientLeft:
             return
         except TandemError as error:
+            self._controller.accounts.refused(error, request_id, scope["path"], scope["headers"])
             await asgi.send_error(send, error, headers)
             return
         worker_body = request.model_dump_json(exclude_none=True).encode()
-        frames = self._controller.generator.stream(request, worker_body, request_id)
+        frames = self._controller.generator.stream(
+            request, worker_body, request_id, scope["headers"]
+        )
         completion = openai.Completion(asked, request_id)
         if asked.stream:
             chunks, media_type = completion.chunks(frames), SSE_MEDIA_TYPE

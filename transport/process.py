@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 from starlette.types import ASGIApp
 
@@ -55,6 +55,15 @@ class ProcessSettings(BaseSettings):
         default="INFO", description="least severe entry that is logged"
     )
     log_json: bool = Field(default=False, description="log one JSON object a line")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry collector to send traces to, such as http://127.0.0.1:4318",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        return None if value is None else check_collector(value)
 
 
 S = TypeVar("S", bound=ProcessSettings)
@@ -151,6 +160,24 @@ def check_address(address: str) -> str:
     if not valid:
         raise ValueError(f"{address!r} is not an address like http://127.0.0.1:21001")
     return address.rstrip("/")
+
+
+def check_collector(endpoint: str) -> str:
+    """``endpoint`` as it is.
+
+    Raises:
+        ValueError: it is not an address of HTTP, or holds a password, which would be logged.
+    """
+    parts = urlsplit(endpoint)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or above 65535
+        valid = False
+    if "@" in parts.netloc:
+        raise ValueError("give a password in OTEL_EXPORTER_OTLP_HEADERS, not in the address")
+    if not valid or parts.query or parts.fragment:
+        raise ValueError(f"{endpoint!r} is not an address like http://127.0.0.1:4318")
+    return endpoint
 
 
 class _Server(uvicorn.Server):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from protocol.errors import TandemError
-from transport import process
+from transport import process, tracing
 from transport.membership import Membership
 from workers.engine import Engine
 from workers.server import create_app
@@ -54,6 +54,10 @@ class _Worker:
 
     async def run(self, stop: process.StopSignal) -> int:
         """Returns the exit code of the process."""
+        tracer = await tracing.connect(
+            self._settings.otlp_endpoint, service="tandem-worker", instance=self._shell.worker_id
+        )
+        self._shell.tracer = tracer
         server = process.Server(create_app(self._shell), self._sock, grace_s=1)
         await server.start()
         log.info("listening", extra={"address": self._address, "kind": self._engine.kind})
@@ -66,6 +70,8 @@ class _Worker:
             await asyncio.gather(*tasks, return_exceptions=True)
             await server.kill()
             await self._engine.aclose()
+            if tracer is not None:
+                await tracer.aclose()
 
     def _announce(self) -> None:
         """Tell the controllers of a change of state at once."""
