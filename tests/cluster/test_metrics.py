@@ -57,7 +57,7 @@ async def test_every_end_of_a_request_is_counted(cluster: Cluster) -> None:
     assert found["tandem_time_to_first_token_seconds_count{model=echo}"] == 3
     assert found["tandem_e2e_request_latency_seconds_count{model=echo}"] == 4
     assert found["tandem_request_queue_time_seconds_count{model=echo}"] == 4
-    assert found["tandem_inter_token_latency_seconds_count{model=echo}"] >= 3 + 29
+    assert found["tandem_inter_token_latency_seconds_count{model=echo}"] > 10  # gaps of chunks
     assert found["tandem_num_requests_waiting"] == found["tandem_num_requests_running"] == 0
     assert found["tandem_waiting_bytes"] == 0
     assert found[f"tandem_build_info{{version={VERSION}}}"] == 1
