@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from controller.metrics import Metrics, ModelHistograms
+from controller.metrics import Metrics, ModelFigures
 from controller.registry import Replica
 from protocol.errors import TandemError
 from protocol.events import Failed, Finished, Terminal
@@ -48,7 +48,6 @@ class Account:
     ttft_s: float | None = None
     outcome: str = "cancelled"
     terminal: Terminal | None = None
-    histograms: ModelHistograms | None = None
 
     @property
     def context_headers(self) -> tuple[tuple[bytes, bytes], ...]:
@@ -76,14 +75,13 @@ class Accounts:
         trace = None if self._tracer is None else self._tracer.begin(headers, now)
         return Account(request, request_id, now, trace)
 
-    def first(self, account: Account, attempt: Try) -> ModelHistograms:
+    def first(self, account: Account, attempt: Try) -> ModelFigures:
         """The first event is here: the time to first token is known."""
-        histograms = self._metrics.histograms(self._metrics.label(account.request.model))
-        account.histograms = histograms
+        figures = self._metrics.of(account.request.model)
         attempt.first_at = self._clock()
         account.ttft_s = attempt.first_at - account.begun_at
-        histograms.ttft_s.observe(account.ttft_s)
-        return histograms
+        figures.ttft_s.observe(account.ttft_s)
+        return figures
 
     def retried(self) -> None:
         """A request whose replica was lost before its first event is placed again."""
@@ -119,11 +117,10 @@ class Accounts:
         last.ended(last.ended_at or now, last.code or _error_code(account))
         waited_s = sum(_waited_s(attempt) for attempt in account.tries)
         duration_s = now - account.begun_at
-        label = self._metrics.label(account.request.model)
-        histograms = account.histograms or self._metrics.histograms(label)
-        histograms.e2e_s.observe(duration_s)
-        histograms.queue_s.observe(waited_s)
-        self._metrics.ended(label, account.outcome, finished)
+        figures = self._metrics.of(account.request.model)
+        figures.e2e_s.observe(duration_s)
+        figures.queue_s.observe(waited_s)
+        self._metrics.ended(account.request.model, account.outcome, finished)
         replica = next((t.replica for t in reversed(account.tries) if t.replica), None)
         log.info(
             "finished",
@@ -143,7 +140,7 @@ class Accounts:
             },
         )
         if account.trace is not None:
-            _tell(account, account.trace, now, label)
+            _tell(account, account.trace, now, self._metrics.label(account.request.model))
 
 
 def _error_code(account: Account) -> str | None:

@@ -22,14 +22,18 @@ UNKNOWN_MODEL = "unknown"
 """The label of every model that no worker has ever served here: clients invent names."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelHistograms:
+@dataclass(slots=True)
+class ModelFigures:
     """Those of one model, looked up once a request."""
 
+    requests: dict[str, Counter]  # by outcome
     ttft_s: Buckets
     itl_s: Buckets
     e2e_s: Buckets
     queue_s: Buckets
+    prompt_tokens: Counter
+    cached_tokens: Counter
+    tokens: Counter
 
 
 class Metrics:
@@ -53,6 +57,7 @@ class Metrics:
         self._itl_s = _seconds(own, "inter_token_latency", "Between relayed events", GAPS)
         self._e2e_s = _seconds(own, "e2e_request_latency", "Request to last event")
         self._queue_s = _seconds(own, "request_queue_time", "Wait for a slot of a replica")
+        self._models: dict[str, ModelFigures] = {}
         self._prompt_total = self._cached_total = 0
         _gauge(own, "prefix_cache_hit_ratio", "Share of prompt tokens cached", self._hit_ratio)
         load = dispatcher.statistics
@@ -69,10 +74,19 @@ class Metrics:
         base, adapter = split_model(model)
         return base if adapter is not None and self._registry.knows(base) else UNKNOWN_MODEL
 
-    def histograms(self, label: str) -> ModelHistograms:
-        """Those of the model with this ``label``."""
-        families = (self._ttft_s, self._itl_s, self._e2e_s, self._queue_s)
-        return ModelHistograms(*(family.of(label) for family in families))
+    def of(self, model: str) -> ModelFigures:
+        """The figures of ``model``, or of all that nobody serves."""
+        label = self.label(model)
+        if label not in self._models:
+            self._models[label] = ModelFigures(
+                {},
+                *(f.of(label) for f in (self._ttft_s, self._itl_s, self._e2e_s, self._queue_s)),
+                *(
+                    c.labels(label)
+                    for c in (self._prompt_tokens, self._cached_tokens, self._tokens)
+                ),
+            )
+        return self._models[label]
 
     def retried(self) -> None:
         self._retries.inc()
@@ -81,13 +95,16 @@ class Metrics:
         """A request that was turned away before anybody could tell for which model it is."""
         self._requests.labels(UNKNOWN_MODEL, code).inc()
 
-    def ended(self, label: str, outcome: str, finished: Finished | None) -> None:
-        """A request for the model with this ``label`` has ended, however."""
-        self._requests.labels(label, outcome).inc()
+    def ended(self, model: str, outcome: str, finished: Finished | None) -> None:
+        """A request for ``model`` has ended, however."""
+        figures = self.of(model)
+        if outcome not in figures.requests:
+            figures.requests[outcome] = self._requests.labels(self.label(model), outcome)
+        figures.requests[outcome].inc()
         if finished is not None:
-            self._prompt_tokens.labels(label).inc(finished.prompt_tokens)
-            self._cached_tokens.labels(label).inc(finished.cached_tokens)
-            self._tokens.labels(label).inc(finished.completion_tokens)
+            figures.prompt_tokens.inc(finished.prompt_tokens)
+            figures.cached_tokens.inc(finished.cached_tokens)
+            figures.tokens.inc(finished.completion_tokens)
             self._prompt_total += finished.prompt_tokens
             self._cached_total += finished.cached_tokens
 
