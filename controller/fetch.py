@@ -18,6 +18,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from protocol.errors import BadImage, Forbidden, TandemError, TooLarge, Unsupported
+from transport.tasks import end
 
 TIMEOUT_S = 10.0
 """For one image, redirects included."""
@@ -83,12 +84,14 @@ class ImageFetcher:
                 raise TooLarge(f"The images have more than {self._max_total_bytes} bytes in all.")
             return image
 
-        tasks = [asyncio.ensure_future(one(image)) for image in images]
+        tasks = [asyncio.create_task(one(image)) for image in images]
         try:
-            return tuple(await asyncio.gather(*tasks))
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            return tuple(task.result() for task in tasks)
         finally:
-            for task in tasks:
-                task.cancel()
+            await end(tasks)
 
     # ---- inside
 

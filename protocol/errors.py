@@ -56,7 +56,7 @@ class TandemError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param or self.default_param  # the field of the request that is at fault, in OpenAI's word
+        self.param = param or self.default_param  # OpenAI's word for the field at fault
         self.remedy = remedy if remedy is not None else self.default_remedy
         self.retry_after_s = retry_after_s
 

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
+from transport.tasks import end
+
 
 async def merged(streams: Sequence[AsyncGenerator[bytes]]) -> AsyncGenerator[tuple[int, bytes]]:
     """What the streams yield, each piece with the number of its stream, as it comes.
@@ -39,6 +41,4 @@ async def merged(streams: Sequence[AsyncGenerator[bytes]]) -> AsyncGenerator[tup
             else:
                 yield number, piece
     finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
+        await end(readers)
