@@ -72,6 +72,9 @@ async def test_every_expression_of_the_dashboard_names_what_there_is(cluster: Cl
         for grouped in re.findall(r"\bby \(([^)]*)\)", expression):
             assert set(re.split(r", *", grouped)) <= labels, expression
         assert set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", ""))) <= labels
+    for variable in dashboard()["templating"]["list"]:
+        for name, label in re.findall(r"label_values\((\w+), (\w+)\)", str(variable["query"])):
+            assert label in there[name] | PROMETHEUS_ADDS
     # And nothing in them is a metric without a selector, which the search would have missed.
     rest = " ".join(target["expr"] for target in targets(dashboard()))
     assert set(re.findall(r"\b(?:tandem|process)_\w+", rest)) == shown

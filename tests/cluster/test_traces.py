@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -280,6 +281,30 @@ async def test_a_collector_that_is_away_costs_nobody_anything(
     assert time.monotonic() - begun_s < 5
     assert said() == ["traces cannot be sent and are dropped"]
     assert not any(r.name.startswith("opentelemetry") for r in caplog.records)
+
+
+async def test_a_collector_that_hangs_does_not_hold_a_process_that_stops(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    asked = asyncio.Event()
+    over = asyncio.Event()
+
+    async def never(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await over.wait()
+        writer.close()
+
+    async with await asyncio.start_server(never, "127.0.0.1", 0) as hanging:
+        port = hanging.sockets[0].getsockname()[1]
+        controller = await cluster.controller(otlp_endpoint=f"http://127.0.0.1:{port}")
+        await cluster.worker(controller)
+        assert text(await ask(cluster.client(controller), prompt="abc")) == "abc"
+        begun_s = time.monotonic()
+        assert await controller.stop() == 0
+        assert time.monotonic() - begun_s < 4
+        assert asked.is_set()
+        over.set()
 
 
 async def test_the_last_spans_are_sent_when_the_process_stops(
