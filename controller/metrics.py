@@ -79,12 +79,14 @@ class Metrics:
         label = self.label(model)
         if label not in self._models:
             self._models[label] = ModelFigures(
-                {},
-                *(f.of(label) for f in (self._ttft_s, self._itl_s, self._e2e_s, self._queue_s)),
-                *(
-                    c.labels(label)
-                    for c in (self._prompt_tokens, self._cached_tokens, self._tokens)
-                ),
+                requests={},
+                ttft_s=self._ttft_s.of(label),
+                itl_s=self._itl_s.of(label),
+                e2e_s=self._e2e_s.of(label),
+                queue_s=self._queue_s.of(label),
+                prompt_tokens=self._prompt_tokens.labels(label),
+                cached_tokens=self._cached_tokens.labels(label),
+                tokens=self._tokens.labels(label),
             )
         return self._models[label]
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from protocol.logs import JsonFormatter, TextFormatter
 from protocol.version import VERSION
 from tests.cluster.conftest import PATH, SSE, Cluster, ask, until
+from transport.process import free_port
 
 
 async def figures(client: httpx.AsyncClient) -> dict[str, float]:
@@ -114,6 +115,17 @@ async def test_what_is_refused_at_the_door_is_counted_and_logged_once(
     await cluster.client(worker).post(PATH, content=b"{nonsense")
     own = await figures(cluster.client(worker))
     assert own["tandem_worker_requests_total{outcome=invalid_request}"] == 1
+
+
+async def test_an_image_that_cannot_be_fetched_is_a_refusal(cluster: Cluster) -> None:
+    controller = await cluster.controller(image_url_host=("127.0.0.1",))
+    await cluster.worker(controller)
+    client = cluster.client(controller)
+    url = f"http://127.0.0.1:{free_port()}/a.png"
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    asked = {"model": "echo", "messages": [{"role": "user", "content": content}]}
+    code = (await client.post("/v1/chat/completions", json=asked)).json()["error"]["code"]
+    assert requests(await figures(client)) == {f"{{model=unknown,outcome={code}}}": 1}
 
 
 async def test_names_that_clients_invent_are_no_labels(cluster: Cluster) -> None:
