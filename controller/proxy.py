@@ -25,7 +25,7 @@ from protocol.events import (
     encode_sse,
 )
 from transport.asgi import REQUEST_ID_HEADER
-from transport.client import HttpPool, Upstream
+from transport.client import Headers, HttpPool, Upstream
 
 PATH = "/worker_generate_stream"
 
@@ -53,8 +53,8 @@ class Relay:
         self._queue: deque[bytes] = deque()  # frames to be looked at one by one
         self.terminal: Terminal | None = None
 
-    async def open(self, body: bytes, prompt: str, request_id: str) -> None:
-        """Send the request; return when the worker has accepted it.
+    async def open(self, body: bytes, prompt: str, request_id: str, context: Headers = ()) -> None:
+        """Send the request; return when the worker has accepted it. ``context`` is its trace's.
 
         Raises:
             TandemError: the worker refuses.
@@ -68,6 +68,7 @@ class Relay:
             (
                 (b"accept", SSE_MEDIA_TYPE.encode()),
                 (REQUEST_ID_HEADER, request_id.encode()),
+                *context,
             ),
             timeout_s=self._timeout_s,
         )

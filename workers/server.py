@@ -23,6 +23,7 @@ from protocol.events import (
 from protocol.logs import request_id_var
 from protocol.messages import AdapterSource, GenerateRequest, WorkerState, WorkerStatus
 from transport import asgi, refusals
+from transport.tracing import Headers
 from workers.shell import Shell
 
 
@@ -47,7 +48,7 @@ def create_app(shell: Shell) -> asgi.Beside:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/drain")
     async def drain() -> WorkerStatus:
@@ -95,6 +96,7 @@ class _GenerateStream:
             body = await asgi.read_body(scope, receive, limit_bytes=limit)
             request = asgi.parse(GenerateRequest, body)
         except TandemError as error:
+            self._shell.metrics.refused(error.code)
             await asgi.send_error(send, error, headers)
             return
         except asgi.ClientLeft:
@@ -108,15 +110,15 @@ class _GenerateStream:
         await asgi.respond(
             receive,
             send,
-            self._encoded(request, encode),
+            self._encoded(request, encode, scope["headers"]),
             media_type=SSE_MEDIA_TYPE if sse else NUL_MEDIA_TYPE,
             headers=headers,
         )
 
     async def _encoded(
-        self, request: GenerateRequest, encode: Callable[[Event], bytes]
+        self, request: GenerateRequest, encode: Callable[[Event], bytes], headers: Headers
     ) -> AsyncGenerator[bytes]:
-        async with aclosing(self._shell.generate(request)) as events:
+        async with aclosing(self._shell.generate(request, headers)) as events:
             async for event in events:
                 data = encode(event)
                 yield asgi.LastChunk(data) if is_terminal(event) else data

@@ -235,8 +235,9 @@ async def test_the_log_line_of_a_request_names_its_key(
             401,
             "unauthenticated",
         )
-    lines = [r for r in caplog.records if r.name == "controller.generation"]
-    assert [getattr(line, "key", None) for line in lines] == ["ann"]
+    lines = [r for r in caplog.records if r.name == "controller.accounts"]
+    assert [getattr(line, "key", None) for line in lines] == ["ann", None]
+    assert [getattr(line, "outcome", None) for line in lines] == ["stop", "unauthenticated"]
     whole = "\n".join(str(record.__dict__) for record in caplog.records)
     for secret in (key, TOKEN, "tdm-wrong"):
         assert secret not in whole
