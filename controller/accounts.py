@@ -6,11 +6,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from starlette.types import Scope
+
+from controller.callers import Caller
 from controller.metrics import Metrics, ModelFigures
+from controller.policy import prompt_work
 from controller.registry import Replica
 from protocol.errors import TandemError
 from protocol.events import Failed, Finished, Terminal
 from protocol.messages import GenerateRequest
+from transport import asgi
 from transport.tracing import Attributes, Headers, Trace, Tracer
 
 log = logging.getLogger(__name__)
@@ -42,10 +47,12 @@ class Account:
 
     request: GenerateRequest
     request_id: str
+    caller: Caller
     begun_at: float
     trace: Trace | None
     tries: list[Try] = field(default_factory=list)
     ttft_s: float | None = None
+    chunks: int = 0  # that were relayed
     outcome: str = "cancelled"
     terminal: Terminal | None = None
 
@@ -69,11 +76,13 @@ class Accounts:
         self._clock = clock
         self._tracer = tracer
 
-    def open(self, request: GenerateRequest, request_id: str, headers: Headers) -> Account:
+    def open(
+        self, request: GenerateRequest, request_id: str, headers: Headers, caller: Caller
+    ) -> Account:
         """The account of a request that came with ``headers``; always ``close`` it."""
         now = self._clock()
         trace = None if self._tracer is None else self._tracer.begin(headers, now)
-        return Account(request, request_id, now, trace)
+        return Account(request, request_id, caller, now, trace)
 
     def first(self, account: Account, attempt: Try) -> ModelFigures:
         """The first event is here: the time to first token is known."""
@@ -87,23 +96,29 @@ class Accounts:
         """A request whose replica was lost before its first event is placed again."""
         self._metrics.retried()
 
-    def refused(self, error: TandemError, request_id: str, path: str, headers: Headers) -> None:
-        """A request turned away by the route itself: its body or its key is not right."""
+    def refused(self, error: TandemError, scope: Scope) -> None:
+        """A request turned away before its generation: its key, its rate or its body is not right.
+
+        Its route answers; this is for the figures, the log and the traces.
+        """
         self._metrics.refused(error.code)
+        request_id, caller = asgi.request_id(scope), scope["state"].get("caller")
         log.info(
             "refused",
             extra={
                 "request_id": request_id,
+                "key": None if caller is None else caller.name,
                 "outcome": error.code,
                 "status": error.status,
-                "path": path,
+                "path": scope["path"],
             },
         )
         if self._tracer is not None:
             now = self._clock()
             attributes = {"tandem.request_id": request_id, "tandem.outcome": error.code}
-            attributes["url.path"] = path
-            self._tracer.begin(headers, now).end("refused", now, attributes, error.code)
+            attributes["url.path"] = scope["path"]
+            trace = self._tracer.begin(scope["headers"], now)
+            trace.end("refused", now, attributes, error.code)
 
     def close(self, account: Account) -> None:
         """Figures, the one log line, and the spans of a request that has ended."""
@@ -113,10 +128,12 @@ class Accounts:
             account.outcome = finished.reason
         elif isinstance(account.terminal, Failed):
             account.outcome = account.terminal.error().code  # one of ours, whatever they wrote
-        last = account.tries[-1]
-        last.ended(last.ended_at or now, last.code or _error_code(account))
+        if account.tries:
+            last = account.tries[-1]
+            last.ended(last.ended_at or now, last.code or _error_code(account))
         waited_s = sum(_waited_s(attempt) for attempt in account.tries)
         duration_s = now - account.begun_at
+        account.caller.charge(_used(account))
         figures = self._metrics.of(account.request.model)
         figures.e2e_s.observe(duration_s)
         figures.queue_s.observe(waited_s)
@@ -128,6 +145,7 @@ class Accounts:
                 "request_id": account.request_id,
                 "model": account.request.model,
                 "worker_id": replica.worker_id if replica else None,
+                "key": account.caller.name,
                 "kind": replica.status.kind if replica else None,
                 "outcome": account.outcome,
                 "waited_s": waited_s,
@@ -147,6 +165,14 @@ def _error_code(account: Account) -> str | None:
     """The error that ended the request; being cancelled by its client is none."""
     finished = isinstance(account.terminal, Finished)
     return None if finished or account.outcome == "cancelled" else account.outcome
+
+
+def _used(account: Account) -> int:
+    """The tokens of the prompt and the answer; of an answer without an end, those at least that
+    came, and the prompt as placement counts it."""
+    if isinstance(account.terminal, Finished):
+        return account.terminal.prompt_tokens + account.terminal.completion_tokens
+    return 0 if account.ttft_s is None else account.chunks + round(prompt_work(account.request))
 
 
 def _waited_s(attempt: Try) -> float:

@@ -8,15 +8,16 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from controller import openapi
 from controller.accounts import Accounts
 from controller.dispatch import Demand, Dispatcher, eligible
 from controller.fetch import ImageFetcher
+from controller.gate import caller_of
 from controller.generation import Generator
 from controller.intake import Intake
 from controller.liveness import Liveness
@@ -74,7 +75,7 @@ class Controller:
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
 
-def create_app(controller: Controller) -> ASGIApp:
+def create_app(controller: Controller) -> asgi.Beside:
     """All routes over ``controller``."""
     app = FastAPI(
         title="Tandem controller",
@@ -87,7 +88,7 @@ def create_app(controller: Controller) -> ASGIApp:
     _model_routes(app, controller)
     _operator_routes(app, controller)
     openapi.describe(app)
-    return asgi.beside(
+    return asgi.Beside(
         app,
         {
             "/worker_generate_stream": _GenerateStream(controller),
@@ -110,8 +111,10 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
         return await controller.liveness.renew(heartbeat)
 
     @app.post("/refresh_all_workers")
-    async def refresh_all_workers() -> None:
-        await controller.liveness.refresh()
+    async def refresh_all_workers(request: Request) -> None:
+        """LLaVA's and FastChat's clients ask for it first; only an operator's has an effect."""
+        if caller_of(request.scope).operator:
+            await controller.liveness.refresh()
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
@@ -126,26 +129,29 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
 
 
 def _model_routes(app: FastAPI, controller: Controller) -> None:
-    def served() -> list[str]:
-        return controller.intake.names(controller.registry.models())
+    def served(request: Request) -> list[str]:
+        """The names that the caller may use."""
+        names = controller.intake.names(controller.registry.models())
+        return [name for name in names if caller_of(request.scope).allows(name)]
 
     @app.post("/list_models")
-    async def list_models() -> dict[str, list[str]]:
-        return {"models": served()}
+    async def list_models(request: Request) -> dict[str, list[str]]:
+        return {"models": served(request)}
 
     @app.get("/v1/models")
-    async def v1_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in served()]}
+    async def v1_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in served(request)]}
 
     @app.get("/v1/models/{name:path}")
-    async def v1_model(name: str) -> dict[str, Any]:
-        if name not in served():
+    async def v1_model(name: str, request: Request) -> dict[str, Any]:
+        if name not in served(request):
             raise ModelNotFound(f"Unknown model {name!r}.", param="model")
         return _model(name)
 
     @app.post("/get_worker_address")
-    async def get_worker_address(body: ModelName) -> dict[str, str]:
+    async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
         """Where a LLaVA client would send a request for this model; "" when nowhere."""
+        caller_of(request.scope).check_model(body.model)
         demand = Demand(controller.intake.resolve(body.model), None, None, frozenset(), 0.0, 0)
         try:
             replicas = eligible(controller.registry, demand)
@@ -253,13 +259,15 @@ class _GenerateStream:
         except asgi.ClientLeft:
             return
         except TandemError as error:
-            self._controller.accounts.refused(error, request_id, scope["path"], scope["headers"])
+            self._controller.accounts.refused(error, scope)
             await asgi.send_error(send, error, _id_header(request_id))
             return
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(request, body, request_id, scope["headers"])
+        frames = self._controller.generator.stream(
+            request, body, request_id, scope["headers"], caller=caller_of(scope)
+        )
         sse = asgi.accepts_sse(scope)
         await asgi.respond(
             receive,
@@ -282,16 +290,18 @@ class _OpenAI:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         headers = _id_header(request_id)
+        caller = caller_of(scope)
         limit_bytes = self._controller.settings.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(self._shape, body)
             requests = self._requests(asked, len(body))
+            caller.check_model(requests[0].model, requests[0].adapter)  # before images are fetched
             named_by_address = self._controller.fetcher.check(requests[0].images)
         except asgi.ClientLeft:
             return
         except TandemError as error:
-            self._controller.accounts.refused(error, request_id, scope["path"], scope["headers"])
+            self._controller.accounts.refused(error, scope)
             await asgi.send_error(send, error, headers)
             return
         answered = self._fetched if named_by_address else self._answered
@@ -333,6 +343,7 @@ class _OpenAI:
                 _dumped(request),
                 f"{request_id}-{index}" if index else request_id,
                 scope["headers"],
+                caller=caller_of(scope),
             )
             for index, request in enumerate(requests)
         ]
@@ -350,7 +361,7 @@ class _OpenAI:
         try:
             images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
         except TandemError as error:
-            self._controller.accounts.refused(error, request_id, scope["path"], scope["headers"])
+            self._controller.accounts.refused(error, scope)
             raise
         whole = [request.model_copy(update=images) for request in requests]
         async with aclosing(self._answered(scope, asked, whole, request_id)) as chunks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 
 from controller.accounts import Accounts
+from controller.callers import Caller
 from controller.dispatch import Demand, Dispatcher
 from controller.liveness import Liveness
 from controller.proxy import Relay
@@ -38,7 +39,13 @@ class Generator:
         self._clock = clock
 
     async def stream(
-        self, request: GenerateRequest, body: bytes, request_id: str, headers: Headers = ()
+        self,
+        request: GenerateRequest,
+        body: bytes,
+        request_id: str,
+        headers: Headers = (),
+        *,
+        caller: Caller,
     ) -> AsyncGenerator[bytes]:
         """Whole SSE frames; the last one is the terminal event (law L1).
 
@@ -49,12 +56,13 @@ class Generator:
         Raises:
             TandemError: before the first frame only; after it the error is a ``Failed`` frame.
         """
-        account = self._accounts.open(request, request_id, headers)
+        account = self._accounts.open(request, request_id, headers, caller)
         demand = Demand.of(request, len(body))
         tried: frozenset[str] = frozenset()
         lost: TandemError | None = None
         # One generator, not one a layer: each would cost every token a hop.
         try:
+            caller.check_model(request.model, request.adapter)
             while True:
                 attempt = account.begin_try(self._clock())
                 async with self._dispatcher.lease(demand, tried) as replica:
@@ -71,6 +79,7 @@ class Generator:
                         last_at = self._clock()
                         while relay.terminal is None:
                             yield data
+                            account.chunks += 1
                             data = await relay.read()
                             now = self._clock()
                             observe(now - last_at)

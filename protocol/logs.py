@@ -19,6 +19,7 @@ FIELDS = (
     "worker_id",
     "address",
     "model",
+    "key",
     "kind",
     "outcome",
     "status",

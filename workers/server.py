@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from protocol.errors import TandemError
 from protocol.events import (
@@ -27,7 +27,7 @@ from transport.tracing import Headers
 from workers.shell import Shell
 
 
-def create_app(shell: Shell) -> ASGIApp:
+def create_app(shell: Shell) -> asgi.Beside:
     """All routes over ``shell``."""
     app = FastAPI(title="Tandem worker", openapi_url=None)
     refusals.install(app)
@@ -79,7 +79,7 @@ def create_app(shell: Shell) -> ASGIApp:
         await shell.unload_adapter(name)
         return shell.status()
 
-    return asgi.beside(app, {"/worker_generate_stream": _GenerateStream(shell)})
+    return asgi.Beside(app, {"/worker_generate_stream": _GenerateStream(shell)})
 
 
 class _GenerateStream:
