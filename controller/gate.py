@@ -108,7 +108,9 @@ class Gate:
             try:
                 scope["state"]["caller"] = self._admit(scope)
             except TandemError as error:
-                self._accounts.refused(error, request_id, Asker.of(scope))
+                method, path = scope["method"], scope["path"]
+                if counts(method, path) and classify(method, path) is RouteClass.CLIENT:
+                    self._accounts.refused(error, request_id, Asker.of(scope))
                 await credentials.refuse(scope, send, error)
                 return
         await self._app(scope, receive, send)

@@ -81,9 +81,8 @@ def leftovers(controller: str, workers: Sequence[str]) -> dict[str, int]:
 
 def outcome_counters(controller: str) -> dict[str, int]:
     """How the controller itself says its requests ended."""
-    lines = httpx.get(f"{controller}/metrics", timeout=10).text.splitlines()
     counts: dict[str, int] = {}
-    for line in lines:
+    for line in _ask("GET", f"{controller}/metrics").text.splitlines():
         if found := re.fullmatch(r'tandem_requests_total\{.*outcome="(\w+)".*\} (\S+)', line):
             counts[found[1]] = counts.get(found[1], 0) + int(float(found[2]))
     return counts
