@@ -1,7 +1,7 @@
 """What traces cost: CPU time of a controller and of an echo worker per request, off and on.
 
-    python bench/tracing.py --rounds 5 --requests 1000 --tokens 16
-    python bench/tracing.py --checkout ../before      as a third: another checkout, traces off
+    python -m bench.tracing --rounds 5 --requests 1000 --tokens 16
+    python -m bench.tracing --checkout ../before      as a third: another checkout, traces off
 
 Each variant has a controller and a worker of its own; a round asks each of them in turn. ``on``
 sends its spans to a collector in this process. CPU time is the kernel's count of each process, so
