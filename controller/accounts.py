@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from controller.callers import NOBODY, Caller
+from controller.dispatch import Demand
 from controller.metrics import Metrics, ModelFigures
 from controller.policy import prompt_work
 from controller.registry import Replica
-from protocol.errors import TandemError
+from protocol.errors import NotFound, TandemError
 from protocol.events import Failed, Finished, Terminal
 from protocol.messages import GenerateRequest
 from transport.tracing import Attributes, Headers, Trace, Tracer
 
 log = logging.getLogger(__name__)
+
+_ENDED_REMEDY = "Ask while it waits or runs; the log has a line of each that has ended."
 
 
 @dataclass(slots=True)
@@ -38,6 +41,12 @@ class Try:
     def ended(self, at: float, code: str | None = None) -> None:
         self.ended_at = at
         self.code = code
+
+    def waited_s(self, now: float) -> float:
+        """The wait for a slot, up to ``now`` if it lasts."""
+        return (
+            next(t for t in (self.placed_at, self.ended_at, now) if t is not None) - self.asked_at
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,7 @@ class Account:
     asker: Asker
     begun_at: float
     trace: Trace | None
+    demand: Demand
     tries: list[Try] = field(default_factory=list)
     ttft_s: float | None = None
     outcome: str = "cancelled"
@@ -82,6 +92,15 @@ class Account:
         """What makes the worker's spans a part of this trace."""
         return () if self.trace is None else self.trace.headers
 
+    @property
+    def replica(self) -> Replica | None:
+        """The last one it was placed at."""
+        return next((t.replica for t in reversed(self.tries) if t.replica), None)
+
+    def waited_s(self, now: float) -> float:
+        """The wait for a slot, all tries together."""
+        return sum(attempt.waited_s(now) for attempt in self.tries)
+
     def begin_try(self, at: float) -> Try:
         self.tries.append(Try(at))
         return self.tries[-1]
@@ -96,12 +115,28 @@ class Accounts:
         self._metrics = metrics
         self._clock = clock
         self._tracer = tracer
+        self._live: dict[str, Account] = {}
 
-    def open(self, request: GenerateRequest, request_id: str, asker: Asker) -> Account:
+    def open(
+        self, request: GenerateRequest, request_id: str, asker: Asker, demand: Demand
+    ) -> Account:
         """The account of a request; always ``close`` it."""
         now = self._clock()
         trace = None if self._tracer is None else self._tracer.begin(asker.headers, now)
-        return Account(request, request_id, asker, now, trace)
+        account = Account(request, request_id, asker, now, trace, demand)
+        self._live[request_id] = account
+        return account
+
+    def live(self, request_id: str, caller: Caller) -> Account:
+        """The account of a request that has not ended.
+
+        Raises:
+            NotFound: there is none, or it is another caller's.
+        """
+        account = self._live.get(request_id)
+        if account is None or not (caller.operator or account.asker.caller.name == caller.name):
+            raise NotFound(f"No request {request_id!r} is being served.", remedy=_ENDED_REMEDY)
+        return account
 
     def first(self, account: Account, attempt: Try) -> ModelFigures:
         """The first event is here: the time to first token is known."""
@@ -136,6 +171,8 @@ class Accounts:
 
     def close(self, account: Account) -> None:
         """Figures, the one log line, and the spans of a request that has ended."""
+        if self._live.get(account.request_id) is account:  # ids may be chosen twice
+            del self._live[account.request_id]
         now = self._clock()
         finished = account.terminal if isinstance(account.terminal, Finished) else None
         if finished is not None:
@@ -144,14 +181,14 @@ class Accounts:
             account.outcome = account.terminal.error().code  # one of ours, whatever they wrote
         last = account.tries[-1]
         last.ended(last.ended_at or now, last.code or _error_code(account))
-        waited_s = sum(_waited_s(attempt) for attempt in account.tries)
+        waited_s = account.waited_s(now)
         duration_s = now - account.begun_at
         account.asker.caller.charge(account.tokens)
         figures = self._metrics.of(account.request.model)
         figures.e2e_s.observe(duration_s)
         figures.queue_s.observe(waited_s)
         self._metrics.ended(account.request.model, account.outcome, finished)
-        replica = next((t.replica for t in reversed(account.tries) if t.replica), None)
+        replica = account.replica
         log.info(
             "finished",
             extra={
@@ -180,12 +217,6 @@ def _error_code(account: Account) -> str | None:
     return None if finished or account.outcome == "cancelled" else account.outcome
 
 
-def _waited_s(attempt: Try) -> float:
-    until = attempt.placed_at if attempt.placed_at is not None else attempt.ended_at
-    assert until is not None
-    return until - attempt.asked_at
-
-
 # ---------------------------------------------------------------- the trace
 
 
@@ -194,7 +225,7 @@ def _tell(account: Account, trace: Trace, now: float, label: str) -> None:
         _tell_try(trace, attempt, number)
     operation = "chat" if account.request.messages is not None else "text_completion"
     finished = account.terminal if isinstance(account.terminal, Finished) else None
-    replica = next((t.replica for t in reversed(account.tries) if t.replica), None)
+    replica = account.replica
     attributes: Attributes = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "tandem",

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -55,6 +55,18 @@ class ModelName(BaseModel):
     """The body of LLaVA's ``/get_worker_address``."""
 
     model: str
+
+
+class LiveRequest(BaseModel):
+    """A request that has not ended. ``place`` 1 is the next of ``waiting`` for its model."""
+
+    state: Literal["waiting", "running"]
+    place: int | None
+    waiting: int | None
+    worker_id: str | None
+    kind: str | None
+    waited_s: float
+    ttft_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +160,22 @@ def _model_routes(app: FastAPI, controller: Controller) -> None:
         if name not in served(request):
             raise ModelNotFound(f"Unknown model {name!r}.", param="model")
         return _model(name)
+
+    @app.get("/requests/{request_id}")
+    async def live_request(request_id: str, request: Request) -> LiveRequest:
+        """Where a request stands that has not ended, for whoever waits for its first token."""
+        account = controller.accounts.live(request_id, caller_of(request.scope))
+        place = controller.dispatcher.place(account.demand)
+        replica = None if place else account.replica
+        return LiveRequest(
+            state="waiting" if place else "running",
+            place=place[0] if place else None,
+            waiting=place[1] if place else None,
+            worker_id=replica.worker_id if replica else None,
+            kind=replica.status.kind if replica else None,
+            waited_s=round(account.waited_s(controller.clock()), 3),
+            ttft_s=account.ttft_s,
+        )
 
     @app.post("/get_worker_address")
     async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:

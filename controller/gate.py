@@ -62,7 +62,7 @@ def classify(method: str, path: str) -> RouteClass:
     if path in _WORKER:
         return RouteClass.WORKER
     # Another method on /healthz is refused like any mistake of a client.
-    if path in _CLIENT or path.startswith("/v1/") or path == "/healthz":
+    if path in _CLIENT or path.startswith(("/v1/", "/requests/")) or path == "/healthz":
         return RouteClass.CLIENT
     return RouteClass.UNKNOWN
 

@@ -47,8 +47,8 @@ class Generator:
         Raises:
             TandemError: before the first frame only; after it the error is a ``Failed`` frame.
         """
-        account = self._accounts.open(request, request_id, asker)
         demand = Demand.of(request, len(body))
+        account = self._accounts.open(request, request_id, asker, demand)
         tried: frozenset[str] = frozenset()
         lost: TandemError | None = None
         # One generator, not one a layer: each would cost every token a hop.

@@ -493,3 +493,16 @@ async def test_ids_and_headers_are_on_every_answer(site: Site) -> None:
         secure(response)
         minted = await ann.request(method, path, json=body)
         assert len(minted.headers["x-request-id"]) == 32, path
+
+
+async def test_a_request_is_shown_to_its_sender_only(site: Site) -> None:
+    ann, bob = await site.key("ann"), await site.key("bob")
+    controller = await site.controller()
+    await site.cluster.worker(controller, cluster_token=TOKEN, delay_s=0.05)
+    client = site.client(controller, ann)
+    asked = {"model": "echo", "prompt": "a long answer " * 40, "request_id": "hers"}
+    async with client.stream("POST", PATH, json=asked, headers=SSE) as response:
+        await anext(response.aiter_raw())
+        for presented, status in ((ann, 200), (bob, 404), (TOKEN, 200)):
+            found = await site.client(controller, presented).get("/requests/hers")
+            assert found.status_code == status
