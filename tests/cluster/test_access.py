@@ -502,7 +502,8 @@ async def test_a_request_is_shown_to_its_sender_only(site: Site) -> None:
     client = site.client(controller, ann)
     asked = {"model": "echo", "prompt": "a long answer " * 40, "request_id": "hers"}
     async with client.stream("POST", PATH, json=asked, headers=SSE) as response:
-        await anext(response.aiter_raw())
+        pieces = response.aiter_raw()  # held: its end would be the client's
+        await anext(pieces)
         for presented, status in ((ann, 200), (bob, 404), (TOKEN, 200)):
             found = await site.client(controller, presented).get("/requests/hers")
-            assert found.status_code == status
+            assert found.status_code == status, (presented, found.text)

@@ -46,7 +46,8 @@ async def test_the_time_to_first_token_is_told_while_it_streams(cluster: Cluster
     client = cluster.client(controller)
     asked = {"model": "echo", "prompt": "a long answer " * 40, "request_id": "it"}
     async with client.stream("POST", PATH, json=asked, headers=SSE) as response:
-        await anext(response.aiter_raw())
+        pieces = response.aiter_raw()  # held: its end would be the client's
+        await anext(pieces)
         found = (await client.get("/requests/it")).json()
     assert found["state"] == "running"
     assert 0 < found["ttft_s"] < 20
