@@ -20,6 +20,7 @@ from controller.generation import Generator
 from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.policy import POLICIES
+from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
 from transport import process
@@ -45,11 +46,10 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         on_change=lambda: on_change(),
         on_event=_log_event,
     )
-    policy, source = POLICIES[settings.dispatch_method], random.Random()
     dispatcher = Dispatcher(
         registry,
-        policy,
-        random=source,
+        POLICIES[settings.dispatch_method],
+        random=random.Random(),
         clock=time.monotonic,
         max_waiting=settings.max_waiting,
         max_waiting_bytes=settings.max_waiting_bytes,
@@ -71,8 +71,7 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         dispatcher=dispatcher,
         generator=generator,
         metrics=metrics,
-        policy=policy,
-        random=source,
+        questions=Questions(registry, liveness, pool),
         clock=time.monotonic,
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )

@@ -8,17 +8,17 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from controller import openai
+from controller import fastchat, openai
 from controller.dispatch import Demand, Dispatcher, eligible
 from controller.generation import Generator
 from controller.liveness import Liveness
 from controller.metrics import Metrics
-from controller.policy import Policy, Random
+from controller.questions import Questions
 from controller.registry import Registry, Replica
 from controller.settings import ControllerSettings
 from protocol.errors import (
@@ -38,6 +38,7 @@ from protocol.messages import (
     WorkerStatus,
 )
 from transport import asgi, refusals
+from transport.fastchat import failures_as_frames, whole
 
 
 class ModelName(BaseModel):
@@ -56,8 +57,7 @@ class Controller:
     dispatcher: Dispatcher
     generator: Generator
     metrics: Metrics
-    policy: Policy
-    random: Random
+    questions: Questions
     clock: Callable[[], float]
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
@@ -68,11 +68,13 @@ def create_app(controller: Controller) -> ASGIApp:
     refusals.install(app)
     _membership_routes(app, controller)
     _model_routes(app, controller)
+    fastchat.install(app, controller.registry, controller.questions)
     _operator_routes(app, controller)
     return asgi.beside(
         app,
         {
-            "/worker_generate_stream": _GenerateStream(controller),
+            "/worker_generate_stream": _Generate(controller, whole=False),
+            "/worker_generate": _Generate(controller, whole=True),
             "/v1/chat/completions": _ChatCompletions(controller),
         },
     )
@@ -120,14 +122,14 @@ def _model_routes(app: FastAPI, controller: Controller) -> None:
         return {"object": "list", "data": models}
 
     @app.post("/get_worker_address")
-    async def get_worker_address(body: ModelName) -> dict[str, str]:
-        """Where a LLaVA client would send a request for this model; "" when nowhere."""
-        demand = Demand(body.model, None, None, frozenset(), 0.0, 0)
+    async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
+        """Where LLaVA's and FastChat's clients send their requests for this model: here, as they
+        came here, so that these are queued, placed and retried; "" when nobody could serve it."""
         try:
-            replicas = eligible(controller.registry, demand)
+            eligible(controller.registry, Demand(body.model, None, None, frozenset(), 0.0, 0))
         except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
-        return {"address": controller.policy(replicas, controller.random).address}
+        return {"address": str(request.base_url).rstrip("/")}
 
 
 # ---------------------------------------------------------------- operators
@@ -209,11 +211,13 @@ def _uptime_s(epoch: int) -> float | None:
 # ---------------------------------------------------------------- streams
 
 
-class _GenerateStream:
-    """``POST /worker_generate_stream``: LLaVA's route, in either framing."""
+class _Generate:
+    """``POST /worker_generate_stream``: LLaVA's route, in either framing; and FastChat's
+    ``/worker_generate``, the ``whole`` answer in one piece."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, *, whole: bool) -> None:
         self._controller = controller
+        self._whole = whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
@@ -228,14 +232,24 @@ class _GenerateStream:
             return
         request_id = request.request_id or request_id
         frames = self._controller.generator.stream(request, body, request_id)
-        sse = asgi.accepts_sse(scope)
+        chunks, media_type = self._answer(frames, request, sse=asgi.accepts_sse(scope))
         await asgi.respond(
-            receive,
-            send,
-            frames if sse else _cumulative(frames, request.prompt or ""),
-            media_type=SSE_MEDIA_TYPE if sse else NUL_MEDIA_TYPE,
-            headers=_id_header(request_id),
+            receive, send, chunks, media_type=media_type, headers=_id_header(request_id)
         )
+
+    def _answer(
+        self, frames: AsyncGenerator[bytes], request: GenerateRequest, *, sse: bool
+    ) -> tuple[AsyncGenerator[bytes], str]:
+        prompt = (request.prompt or "") if request.echo else ""
+        if self._whole:
+            events = fastchat.events_of(frames)
+            return whole(events, prompt), "application/json"
+        if sse:
+            return frames, SSE_MEDIA_TYPE
+        chunks = _cumulative(frames, prompt)
+        if not request.echo:
+            chunks = failures_as_frames(chunks, prompt)
+        return chunks, NUL_MEDIA_TYPE
 
 
 class _ChatCompletions:

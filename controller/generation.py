@@ -76,7 +76,7 @@ class Generator:
                     account.worker_id = replica.worker_id
                     relay = self._relay(replica)
                     try:
-                        await relay.open(body, request.prompt or "", request_id)
+                        await relay.open(request, body, request_id)
                         data = await relay.read()
                         if isinstance(relay.terminal, Failed):
                             raise relay.terminal.error()  # nothing was sent: still a refusal (L3)

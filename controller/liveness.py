@@ -7,6 +7,7 @@ import asyncio
 import httpx
 from pydantic import ValidationError
 
+from controller import foreign
 from controller.registry import Registry, Replica
 from protocol.errors import InvalidRequest, TandemError, Unsupported, UpstreamLost
 from protocol.messages import (
@@ -47,6 +48,7 @@ class Liveness:
         """
         address = _address(registration.worker_name)
         status = await self._dial(address, registration.worker_status)
+        status = foreign.described(status, registration)
         self._registry.register(address, status, check_heart_beat=registration.check_heart_beat)
         return self._lease(exist=True)
 
@@ -155,6 +157,7 @@ class Liveness:
         except (httpx.HTTPError, ValidationError) as exc:
             self._forget(replica, _reason(exc))
             return False
+        status = foreign.as_known(status, replica.status)
         if status.epoch == replica.status.epoch:
             self._registry.renew(replica.address, status, status.queue_length)
         else:

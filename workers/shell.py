@@ -42,6 +42,7 @@ from protocol.messages import (
 )
 from workers import images
 from workers.engine import Engine, EngineInfo
+from workers.fastchat import FastChat
 from workers.metrics import Metrics
 from workers.settings import WorkerSettings
 from workers.speed import SpeedMeter
@@ -88,6 +89,7 @@ class Shell:
         self.state = WorkerState.STARTING
         self.progress = "starting"
         self.metrics = Metrics(self.status)
+        self.fastchat = FastChat(engine, settings.name, self._check_running)
 
     # ---- life
 
@@ -238,6 +240,7 @@ class Shell:
         """
         request = self._addressed(request)
         self._check(request)
+        request = await self.fastchat.own(request)
         started = False
         outcome = "cancelled"
         tokens = 0
