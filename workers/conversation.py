@@ -57,7 +57,8 @@ class Conversation:
     sep: str
     sep2: str
     picture: str | None = None  # how a picture before the user's words is written
-    around_system: tuple[str, str] | None = None  # where FastChat has to write it bare
+    bare: str | None = None  # what FastChat writes before a system message that lacks its frame
+    around_system: tuple[str, str] | None = None  # that frame; None: the template takes none
 
     def wire(self, name: str) -> dict[str, Any]:
         """The JSON of ``/worker_get_conv_template``; the worker itself knows where to stop."""
@@ -93,11 +94,13 @@ class Conversation:
         """
         if self.picture is not None:
             written = written.replace(PICTURE, self.picture)
-        bare = self.system_template == "{system_message}" and not self.system_message
         label = self.roles[0] + (_COLON if self.colon else "")
-        ends = written.endswith(self.roles[1] + (":" if self.colon else ""))
-        system, found, rest = written.partition((self.sep if self.colon else "") + label)
-        if not bare or not ends or not found or not system:
+        end = self.roles[1] + (":" if self.colon else "")
+        if self.bare is None or not written.startswith(self.bare) or not written.endswith(end):
+            return written
+        message = written.removeprefix(self.bare)
+        system, found, rest = message.partition((self.sep if self.colon else "") + label)
+        if not system or not found:
             return written
         if self.around_system is None:
             raise Unsupported(
@@ -151,6 +154,8 @@ def _taken_apart(probes: Probes, *, colon: bool) -> Conversation | None:
         return None
     before, between = _around_system(probes)
     label = _common_suffix(*(text for text in (begin, again, between) if text is not None))
+    if not label:
+        return None
     if colon:
         if not label.endswith(_COLON) or not end.endswith(":"):
             return None
@@ -158,17 +163,19 @@ def _taken_apart(probes: Probes, *, colon: bool) -> Conversation | None:
     else:
         sep = ""
     system = begin.removesuffix(label).removesuffix(sep)
-    template, message, around = _system_of(system, sep, label, before, between)
+    template, message = _system_of(system, sep, label, before, between)
+    around = None if before is None or between is None else (before, between)
     strip = len(_COLON) if colon else 0
     return Conversation(
         colon=colon,
-        system_template=template,
+        system_template=_literal(system) + "{system_message}" if template is None else template,
         system_message=message,
         roles=(label[: len(label) - strip], end.removeprefix(sep)[: -1 if colon else None]),
         sep=sep,
         sep2=again.removesuffix(label),
         picture=_picture(probes.picture, begin, first),
-        around_system=around,
+        bare=system if template is None else None,
+        around_system=around if template is None else None,
     )
 
 
@@ -183,18 +190,16 @@ def _around_system(probes: Probes) -> tuple[str | None, str | None]:
 
 def _system_of(
     default: str, sep: str, label: str, before: str | None, between: str | None
-) -> tuple[str, str, tuple[str, str] | None]:
-    """FastChat's template for the system message, the message where none is given, and what
-    has to be put around one that FastChat wrote bare."""
-    around = None if before is None or between is None else (before, between)
-    if around is not None and around[1].endswith(sep + label):
-        head, tail = around[0], around[1].removesuffix(sep + label)
-        inner = default.removeprefix(head).removesuffix(tail)
-        if default == head + inner + tail:
-            return f"{_literal(head)}{{system_message}}{_literal(tail)}", inner, None
-    if not default:
-        return "{system_message}", "", around
-    return _literal(default), "", None
+) -> tuple[str | None, str]:
+    """FastChat's template for the system message, and the message where none is given; ``None``
+    where it has no frame around one then."""
+    if before is None or between is None or not between.endswith(sep + label):
+        return None, ""
+    after = between.removesuffix(sep + label)
+    message = default.removeprefix(before).removesuffix(after)
+    if default != before + message + after:
+        return None, ""
+    return f"{_literal(before)}{{system_message}}{_literal(after)}", message
 
 
 def _literal(text: str) -> str:
