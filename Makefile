@@ -54,7 +54,7 @@ fmt: $(READY) ## write the style that check wants
 	@$(BIN)/ruff format .
 
 lock: $(READY) ## resolve requirements/*.txt anew from pyproject.toml
-	@$(COMPILE) --upgrade --extra hf --extra sglang --extra otel --extra dev -o requirements/all.txt pyproject.toml
+	@$(COMPILE) --upgrade --extra hf --extra sglang --extra otel --extra ui --extra bench --extra dev -o requirements/all.txt pyproject.toml
 	@$(COMPILE) --upgrade -c requirements/all.txt -o requirements/controller.txt pyproject.toml
 	@$(COMPILE) --upgrade -o requirements/fastchat.txt requirements/fastchat.in
 	@echo 'llava-torch==1.2.2.post1' | $(COMPILE) --no-deps -o requirements/llava.txt -

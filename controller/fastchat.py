@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
+from controller.intake import Intake
 from controller.questions import Questions
 from controller.registry import Registry
 from protocol.events import Event, SseDecoder
@@ -27,13 +28,17 @@ class TokensOf(OfModel):
     prompt: str
 
 
-def install(app: FastAPI, registry: Registry, questions: Questions) -> None:
+def install(app: FastAPI, registry: Registry, intake: Intake, questions: Questions) -> None:
     """FastChat's routes but those that generate."""
+
+    async def ask(path: str, body: OfModel) -> dict[str, Any]:
+        named = body.model_copy(update={"model": intake.resolve(body.model)})
+        return await questions.ask(named.model, path, named.model_dump())
 
     @app.post("/list_language_models")
     async def list_language_models() -> dict[str, list[str]]:
         """All of them: whoever sees also reads. FastChat's Gradio server offers these."""
-        return {"models": registry.models()}
+        return {"models": intake.names(registry.models())}
 
     @app.post("/list_multimodal_models")
     async def list_multimodal_models() -> dict[str, list[str]]:
@@ -43,19 +48,19 @@ def install(app: FastAPI, registry: Registry, questions: Questions) -> None:
             if replica.ready and replica.status.capabilities.images
             for name in replica.status.model_names
         }
-        return {"models": [name for name in registry.models() if name in seeing]}
+        return {"models": intake.names(n for n in registry.models() if n in seeing)}
 
     @app.post("/worker_get_conv_template")
     async def conv_template(body: OfModel) -> dict[str, Any]:
-        return await questions.ask(body.model, "/worker_get_conv_template", body.model_dump())
+        return await ask("/worker_get_conv_template", body)
 
     @app.post("/count_token")
     async def count_token(body: TokensOf) -> dict[str, Any]:
-        return await questions.ask(body.model, "/count_token", body.model_dump())
+        return await ask("/count_token", body)
 
     @app.post("/model_details")
     async def model_details(body: OfModel) -> dict[str, Any]:
-        return await questions.ask(body.model, "/model_details", body.model_dump())
+        return await ask("/model_details", body)
 
 
 async def events_of(frames: AsyncGenerator[bytes]) -> AsyncGenerator[Event]:

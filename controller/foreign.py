@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import orjson
 
-from protocol.messages import FASTCHAT, LLAVA, GenerateRequest, Registration, WorkerStatus
+from protocol.messages import (
+    FASTCHAT,
+    LLAVA,
+    GenerateRequest,
+    Registration,
+    WorkerState,
+    WorkerStatus,
+)
 
 _SENTENCE_END = "</s>"
 """LLaVA's worker fails without a stop string; this one ends its models' answers anyway."""
@@ -26,6 +33,13 @@ def described(status: WorkerStatus, registration: Registration) -> WorkerStatus:
         return status.model_copy(update={"kind": "llava", "capabilities": LLAVA})
     can = FASTCHAT.model_copy(update={"images": registration.multimodal})
     return status.model_copy(update={"kind": "fastchat", "capabilities": can})
+
+
+def not_yet_listening(status: WorkerStatus) -> WorkerStatus:
+    """The ``status`` that LLaVA's or FastChat's worker registers with: it listens only after."""
+    return status.model_copy(
+        update={"state": WorkerState.STARTING, "progress": "registered before it listens"}
+    )
 
 
 def as_known(status: WorkerStatus, known: WorkerStatus) -> WorkerStatus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import httpx
 from pydantic import ValidationError
@@ -22,6 +23,7 @@ from transport import tripwire
 from transport.client import Unreachable
 from transport.process import check_address
 
+_LISTENS_S = 0.5  # between two looks whether a worker that registered listens; its lease ends it
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well
 
 
@@ -132,6 +134,8 @@ class Liveness:
         try:
             status = await self._status(address)
         except httpx.HTTPError as exc:
+            if claimed is not None and foreign.is_foreign(claimed):
+                return foreign.not_yet_listening(claimed)
             raise InvalidRequest(
                 f"No worker can be reached at {address}: {_reason(exc)}.", remedy=remedy
             ) from exc
@@ -165,6 +169,12 @@ class Liveness:
         return True
 
     async def _watch(self, replica: Replica) -> None:
+        while not replica.ready and foreign.is_foreign(replica.status):
+            await asyncio.sleep(_LISTENS_S)
+            with suppress(httpx.HTTPError, ValidationError):
+                status = await self._status(replica.address)
+                status = foreign.as_known(status, replica.status)
+                self._registry.renew(replica.address, status, status.queue_length)
         while True:
             try:
                 await tripwire.closed(replica.address)
