@@ -43,7 +43,7 @@ from protocol.messages import (
     WorkerStatus,
 )
 from transport import asgi, refusals
-from transport.fastchat import failures_as_frames, whole
+from transport.fastchat import failures_as_frames, has_sent, refusal, whole
 
 _BODIES_OF_CHOICES = 4
 """Bodies of the largest size that the choices of one request may take together."""
@@ -249,6 +249,8 @@ class _Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         limit_bytes = self._controller.settings.max_body_bytes
+        sse = asgi.accepts_sse(scope)
+        body = b""
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(GenerateRequest, body)
@@ -256,30 +258,38 @@ class _Generate:
         except asgi.ClientLeft:
             return
         except TandemError as error:
-            await asgi.send_error(send, error, _id_header(request_id))
+            if sse or not has_sent(body):
+                await asgi.send_error(send, error, _id_header(request_id))
+                return
+            told = refusal(error, whole=self._whole)
+            headers = _id_header(request_id)
+            await asgi.respond(receive, send, told, media_type=self._media_type, headers=headers)
             return
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
         frames = self._controller.generator.stream(request, body, request_id)
-        chunks, media_type = self._answer(frames, request, sse=asgi.accepts_sse(scope))
+        sse = sse and not self._whole
         await asgi.respond(
-            receive, send, chunks, media_type=media_type, headers=_id_header(request_id)
+            receive,
+            send,
+            frames if sse else self._in_their_words(frames, request),
+            media_type=SSE_MEDIA_TYPE if sse else self._media_type,
+            headers=_id_header(request_id),
         )
 
-    def _answer(
-        self, frames: AsyncGenerator[bytes], request: GenerateRequest, *, sse: bool
-    ) -> tuple[AsyncGenerator[bytes], str]:
+    @property
+    def _media_type(self) -> str:
+        return "application/json" if self._whole else NUL_MEDIA_TYPE
+
+    def _in_their_words(
+        self, frames: AsyncGenerator[bytes], request: GenerateRequest
+    ) -> AsyncGenerator[bytes]:
         prompt = (request.prompt or "") if request.echo else ""
         if self._whole:
-            events = fastchat.events_of(frames)
-            return whole(events, prompt), "application/json"
-        if sse:
-            return frames, SSE_MEDIA_TYPE
+            return whole(fastchat.events_of(frames), prompt)
         chunks = _cumulative(frames, prompt)
-        if not request.echo:
-            chunks = failures_as_frames(chunks, prompt)
-        return chunks, NUL_MEDIA_TYPE
+        return chunks if request.echo else failures_as_frames(chunks, prompt)
 
 
 class _OpenAI:

@@ -13,6 +13,17 @@ from protocol.events import Delta, Event, Failed, NulEncoder, TokenLogprob
 from transport.asgi import LastChunk
 
 
+def has_sent(body: bytes) -> bool:
+    """Whether a request is FastChat's, readable or not: only it has this field."""
+    return b'"echo"' in body
+
+
+async def refusal(error: TandemError, *, whole: bool) -> AsyncGenerator[bytes]:
+    """A refusal as its clients look for one: the only frame of a stream, or the whole answer."""
+    frame = NulEncoder("").encode(Failed.of(error))
+    yield LastChunk(frame.removesuffix(b"\0") if whole else frame)
+
+
 async def failures_as_frames(chunks: AsyncGenerator[bytes], prompt: str) -> AsyncGenerator[bytes]:
     """``chunks``, with a refusal as one more frame: FastChat's servers look at no status, and
     take a body without a frame for an empty answer."""

@@ -121,11 +121,18 @@ class _Generate:
         request_id = asgi.request_id(scope)
         headers = [(asgi.REQUEST_ID_HEADER, request_id.encode())]
         limit = self._shell.max_body_bytes
+        sse = asgi.accepts_sse(scope) and not self._whole
+        media_type = "application/json" if self._whole else NUL_MEDIA_TYPE
+        body = b""
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit)
             request = asgi.parse(GenerateRequest, body)
         except TandemError as error:
-            await asgi.send_error(send, error, headers)
+            if sse or not fastchat.has_sent(body):
+                await asgi.send_error(send, error, headers)
+                return
+            told = fastchat.refusal(error, whole=self._whole)
+            await asgi.respond(receive, send, told, media_type=media_type, headers=headers)
             return
         except asgi.ClientLeft:
             return
@@ -133,19 +140,20 @@ class _Generate:
             request_id = request.request_id
             headers = [(asgi.REQUEST_ID_HEADER, request_id.encode())]
         request_id_var.set(request_id)
-        chunks, media_type = self._answer(request, sse=asgi.accepts_sse(scope))
-        await asgi.respond(receive, send, chunks, media_type=media_type, headers=headers)
+        await asgi.respond(
+            receive,
+            send,
+            self._encoded(request, encode_sse) if sse else self._in_their_words(request),
+            media_type=SSE_MEDIA_TYPE if sse else media_type,
+            headers=headers,
+        )
 
-    def _answer(self, request: GenerateRequest, *, sse: bool) -> tuple[AsyncGenerator[bytes], str]:
+    def _in_their_words(self, request: GenerateRequest) -> AsyncGenerator[bytes]:
         prompt = (request.prompt or "") if request.echo else ""
         if self._whole:
-            return fastchat.whole(self._shell.generate(request), prompt), "application/json"
-        if sse:
-            return self._encoded(request, encode_sse), SSE_MEDIA_TYPE
+            return fastchat.whole(self._shell.generate(request), prompt)
         chunks = self._encoded(request, NulEncoder(prompt).encode)
-        if not request.echo:
-            chunks = fastchat.failures_as_frames(chunks, prompt)
-        return chunks, NUL_MEDIA_TYPE
+        return chunks if request.echo else fastchat.failures_as_frames(chunks, prompt)
 
     async def _encoded(
         self, request: GenerateRequest, encode: Callable[[Event], bytes]
