@@ -62,6 +62,7 @@ def body_of(request: GenerateRequest, body: bytes) -> bytes:
     """
     fields = {
         **orjson.loads(body),  # with what only they know, such as stop_token_ids
+        "model": request.model,
         "prompt": request.prompt or "",
         "temperature": request.temperature,
         "top_p": request.top_p,

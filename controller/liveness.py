@@ -161,20 +161,21 @@ class Liveness:
         except (httpx.HTTPError, ValidationError) as exc:
             self._forget(replica, _reason(exc))
             return False
+        self._learn(replica, status)
+        return True
+
+    def _learn(self, replica: Replica, status: WorkerStatus) -> None:
         status = foreign.as_known(status, replica.status)
         if status.epoch == replica.status.epoch:
             self._registry.renew(replica.address, status, status.queue_length)
         else:
             self._registry.register(replica.address, status)
-        return True
 
     async def _watch(self, replica: Replica) -> None:
         while not replica.ready and foreign.is_foreign(replica.status):
             await asyncio.sleep(_LISTENS_S)
             with suppress(httpx.HTTPError, ValidationError):
-                status = await self._status(replica.address)
-                status = foreign.as_known(status, replica.status)
-                self._registry.renew(replica.address, status, status.queue_length)
+                self._learn(replica, await self._status(replica.address))
         while True:
             try:
                 await tripwire.closed(replica.address)

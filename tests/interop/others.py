@@ -95,9 +95,9 @@ def finished(folder: Path, *args: object) -> str:
     return run.stdout
 
 
-def ask(address: str, path: str, timeout_s: float = 30, **body: object) -> Any:
+def ask(address: str, path: str, **body: object) -> Any:
     """The JSON that a POST is answered with."""
-    response = httpx.post(f"{address}{path}", json=body, timeout=timeout_s, trust_env=False)
+    response = httpx.post(f"{address}{path}", json=body, timeout=60, trust_env=False)
     assert response.status_code == 200, response.text
     return response.json()
 

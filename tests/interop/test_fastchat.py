@@ -47,8 +47,8 @@ def worker(folder: Path, controller: str, theirs: str) -> Iterator[str]:
     both = ("--controller-address", f"{controller},{theirs}")
     with running(folder, "workers.hf", *args, *both) as process:
         address = process.wait_ready(timeout_s=90)
-        for each in (controller, theirs):
-            until(lambda each=each: MODEL in ask(each, "/list_models")["models"])
+        both_serve = [controller, theirs]
+        until(lambda: all(MODEL in ask(each, "/list_models")["models"] for each in both_serve))
         yield address
 
 
@@ -202,7 +202,12 @@ for role, text in messages:
     conversation.append_message(conversation.roles[role], text)
 print(conversation.get_prompt(), end="")
 """
-    turns = [[0, "Hi"], [1, "Hello."], [0, "What is Tandem?"], [1, None]]
+    turns: list[tuple[int, str | None]] = [
+        (0, "Hi"),
+        (1, "Hello."),
+        (0, "What is Tandem?"),
+        (1, None),
+    ]
     run = subprocess.run(
         [PYTHON, "-c", code, json.dumps([conv, turns])],
         capture_output=True, text=True, check=True, timeout=60,
@@ -295,7 +300,7 @@ def their_worker(folder: Path, controller: str) -> Iterator[str]:
 def test_its_worker_answers(controller: str, worker: str, their_worker: str, question: str) -> None:
     """The same weights and the same prompt: the same answer as from our worker."""
     prompt = f"<s><|user|>{question}<|assistant|>"
-    asked = {"prompt": prompt, "temperature": 0, "max_new_tokens": 40}
+    asked: dict[str, Any] = {"prompt": prompt, "temperature": 0, "max_new_tokens": 40}
     answer = stream(controller, model=their_worker, **asked)
     assert answer.text.strip() == stream(controller, model=MODEL, **asked).text.strip()
     assert answer.finished.prompt_tokens > 0
@@ -309,7 +314,7 @@ def test_its_worker_answers(controller: str, worker: str, their_worker: str, que
 
 
 def test_its_worker_behind_its_own_wire(controller: str, their_worker: str) -> None:
-    asked: dict[str, object] = {"model": their_worker, "prompt": "<s><|user|>Hi<|assistant|>"}
+    asked: dict[str, Any] = {"model": their_worker, "prompt": "<s><|user|>Hi<|assistant|>"}
     asked |= {"temperature": 0, "max_new_tokens": 10, "top_k": -1, "logprobs": None, "stop": []}
     streamed = frames(controller, **asked, echo=False)[-1]
     whole = ask(controller, "/worker_generate", **asked, echo=False)

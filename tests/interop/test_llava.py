@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -102,7 +103,7 @@ def worker(folder: Path, controller: str) -> Iterator[Other]:
         yield process
 
 
-def said(controller: str, **fields: object) -> str:
+def said(controller: str, **fields: Any) -> str:
     answer = stream(controller, model="llava-standin", **fields)
     assert answer.finished.reason == "stop"
     return answer.text
@@ -130,7 +131,11 @@ def test_its_worker_and_several_stop_strings(controller: str, worker: Other) -> 
 
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 def test_its_worker_sees(controller: str, worker: Other, prefix: str) -> None:
-    asked = {"prompt": "<image>\nWhat?", "images": [prefix + picture()], "max_new_tokens": 200}
+    asked: dict[str, Any] = {
+        "prompt": "<image>\nWhat?",
+        "images": [prefix + picture()],
+        "max_new_tokens": 200,
+    }
     assert said(controller, **asked) == f"1 seen. {REPLY}"
 
 
