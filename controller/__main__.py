@@ -2,7 +2,8 @@
 
 Workers register themselves (``python -m workers.hf``, ``python -m workers.sglang``); clients send
 LLaVA's requests to ``/worker_generate_stream`` or OpenAI's to ``/v1/chat/completions``.
-``GET /cluster`` shows who is there, ``/metrics`` how it goes.
+``GET /cluster`` shows who is there, ``/metrics`` how it goes. ``python -m controller keys`` makes
+API keys.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import asyncio
 import gc
 import logging
 import random
+import sys
 import time
 
+from controller import access, callers, keys_command
 from controller.aggregate import aggregate
 from controller.app import Controller, create_app
 from controller.dispatch import Dispatcher
@@ -25,7 +28,7 @@ from controller.policy import POLICIES
 from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
-from transport import process
+from transport import credentials, process
 from transport.client import HttpPool
 from transport.membership import Membership
 
@@ -33,6 +36,8 @@ log = logging.getLogger("controller")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["keys"]:
+        raise SystemExit(keys_command.main(sys.argv[2:]))
     settings = process.parse(ControllerSettings)
     gc.collect()
     gc.freeze()  # modules stay: a full collection that walks them stalls every stream for 70 ms
@@ -57,13 +62,22 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         max_waiting_bytes=settings.max_waiting_bytes,
         max_wait_s=settings.max_wait_s,
     )
-    liveness = Liveness(registry, ttl_s=settings.expiry_s, heartbeat_s=settings.heartbeat_s)
+    to_workers = credentials.headers(settings.cluster_token)
+    liveness = Liveness(
+        registry,
+        ttl_s=settings.expiry_s,
+        heartbeat_s=settings.heartbeat_s,
+        headers=to_workers,
+    )
 
     def on_change() -> None:
         liveness.rewatch()
         dispatcher.wake()
 
-    pool = HttpPool(connect_timeout_s=settings.connect_timeout_s)
+    pool = HttpPool(
+        connect_timeout_s=settings.connect_timeout_s,
+        headers=[(name.encode(), value.encode()) for name, value in to_workers.items()],
+    )
     metrics = Metrics(registry, dispatcher)
     generator = Generator(settings, dispatcher, liveness, pool, metrics, time.monotonic)
     controller = Controller(
@@ -94,17 +108,23 @@ def _log_event(event: MembershipEvent) -> None:
 
 async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     """Serve until a signal, then finish what runs; returns the exit code."""
+    ring = await access.prepare(settings)
     sock = process.bind(settings.host, settings.port)
-    address = settings.own_address or process.address_of(sock)
+    scheme = "http" if settings.tls is None else "https"
+    address = settings.own_address or process.address_of(sock, scheme=scheme)
     controller, pool = wire(settings, f"controller-{sock.getsockname()[1]}")
-    server = process.Server(create_app(controller), sock, grace_s=settings.drain_timeout_s)
+    app = access.guarded(create_app(controller), settings, ring)
+    server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()
-    log.info("listening", extra={"address": address})
+    log.info("listening", extra={"address": process.bare(address)})
     memberships = [
-        Membership(upstairs, address, controller.status) for upstairs in settings.register_at
+        Membership(upstairs, address, controller.status, token=settings.cluster_token)
+        for upstairs in settings.register_at
     ]
     tasks = [asyncio.create_task(controller.liveness.run())]
     tasks += [asyncio.create_task(membership.run()) for membership in memberships]
+    if settings.api_key_file is not None and ring is not None:
+        tasks.append(asyncio.create_task(callers.follow(settings.api_key_file, ring)))
     try:
         await stop.wait()
         log.info("draining")

@@ -7,15 +7,18 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from controller import fastchat, openapi
+from controller.callers import Caller
 from controller.dispatch import Demand, Dispatcher, eligible
 from controller.fetch import ImageFetcher
+from controller.gate import caller_of
 from controller.generation import Generator
 from controller.intake import Intake
 from controller.liveness import Liveness
@@ -42,7 +45,7 @@ from protocol.messages import (
     Registration,
     WorkerStatus,
 )
-from transport import asgi, refusals
+from transport import asgi, credentials, refusals
 from transport.fastchat import failures_as_frames, has_sent, refusal, whole
 
 _BODIES_OF_CHOICES = 4
@@ -72,7 +75,7 @@ class Controller:
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
 
-def create_app(controller: Controller) -> ASGIApp:
+def create_app(controller: Controller) -> asgi.Beside:
     """All routes over ``controller``."""
     app = FastAPI(
         title="Tandem controller",
@@ -86,7 +89,7 @@ def create_app(controller: Controller) -> ASGIApp:
     fastchat.install(app, controller.registry, controller.intake, controller.questions)
     _operator_routes(app, controller)
     openapi.describe(app)
-    return asgi.beside(
+    return asgi.Beside(
         app,
         {
             "/worker_generate_stream": _Generate(controller, whole=False),
@@ -110,8 +113,10 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
         return await controller.liveness.renew(heartbeat)
 
     @app.post("/refresh_all_workers")
-    async def refresh_all_workers() -> None:
-        await controller.liveness.refresh()
+    async def refresh_all_workers(request: Request) -> None:
+        """LLaVA's and FastChat's clients ask for it first; only an operator's has an effect."""
+        if caller_of(request.scope).operator:
+            await controller.liveness.refresh()
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
@@ -126,33 +131,42 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
 
 
 def _model_routes(app: FastAPI, controller: Controller) -> None:
-    def served() -> list[str]:
-        return controller.intake.names(controller.registry.models())
+    def served(request: Request) -> list[str]:
+        """The names that the caller may use."""
+        names = controller.intake.names(controller.registry.models())
+        return [name for name in names if caller_of(request.scope).allows(name)]
 
     @app.post("/list_models")
-    async def list_models() -> dict[str, list[str]]:
-        return {"models": served()}
+    async def list_models(request: Request) -> dict[str, list[str]]:
+        return {"models": served(request)}
 
     @app.get("/v1/models")
-    async def v1_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in served()]}
+    async def v1_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in served(request)]}
 
     @app.get("/v1/models/{name:path}")
-    async def v1_model(name: str) -> dict[str, Any]:
-        if name not in served():
+    async def v1_model(name: str, request: Request) -> dict[str, Any]:
+        if name not in served(request):
             raise ModelNotFound(f"Unknown model {name!r}.", param="model")
         return _model(name)
 
     @app.post("/get_worker_address")
     async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
         """Where LLaVA's and FastChat's clients send their requests for this model: here, as they
-        came here, so that these are queued, placed and retried; "" when nobody could serve it."""
+        came here, so that these are queued, placed and retried; "" when nobody could serve it.
+
+        A key that came in the address (``http://any:KEY@host:port``) is in this one, too.
+        """
+        caller_of(request.scope).check_model(body.model)
         demand = Demand(controller.intake.resolve(body.model), None, None, frozenset(), 0.0, 0)
         try:
             eligible(controller.registry, demand)
         except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
-        return {"address": str(request.base_url).rstrip("/")}
+        url = request.base_url
+        if (key := credentials.presented_in_address(request.scope)) is not None:
+            url = url.replace(username="any", password=quote(key, safe=""))
+        return {"address": str(url).rstrip("/")}
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -268,7 +282,9 @@ class _Generate:
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(request, body, request_id)
+        frames = self._controller.generator.stream(
+            request, body, request_id, caller=caller_of(scope)
+        )
         sse = sse and not self._whole
         await asgi.respond(
             receive,
@@ -304,11 +320,13 @@ class _OpenAI:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         headers = _id_header(request_id)
+        caller = caller_of(scope)
         limit_bytes = self._controller.settings.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(self._shape, body)
             requests = self._requests(asked, len(body))
+            caller.check_model(requests[0].model, requests[0].adapter)  # before images are fetched
             named_by_address = self._controller.fetcher.check(requests[0].images)
         except asgi.ClientLeft:
             return
@@ -319,7 +337,7 @@ class _OpenAI:
         await asgi.respond(
             receive,
             send,
-            answered(asked, requests, request_id),
+            answered(asked, requests, request_id, caller),
             media_type=SSE_MEDIA_TYPE if asked.stream else "application/json",
             headers=headers,
         )
@@ -346,10 +364,14 @@ class _OpenAI:
         asked: ChatCompletionRequest | CompletionRequest,
         requests: list[GenerateRequest],
         request_id: str,
+        caller: Caller,
     ) -> AsyncGenerator[bytes]:
         streams = [
             self._controller.generator.stream(
-                request, _dumped(request), f"{request_id}-{index}" if index else request_id
+                request,
+                _dumped(request),
+                f"{request_id}-{index}" if index else request_id,
+                caller=caller,
             )
             for index, request in enumerate(requests)
         ]
@@ -361,11 +383,12 @@ class _OpenAI:
         asked: ChatCompletionRequest | CompletionRequest,
         requests: list[GenerateRequest],
         request_id: str,
+        caller: Caller,
     ) -> AsyncGenerator[bytes]:
         """As ``_answered``, after the images that are named by address have been fetched."""
         images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
         whole = [request.model_copy(update=images) for request in requests]
-        async with aclosing(self._answered(asked, whole, request_id)) as chunks:
+        async with aclosing(self._answered(asked, whole, request_id, caller)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -6,9 +6,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
+from controller.callers import Caller
 from controller.dispatch import Demand, Dispatcher
 from controller.liveness import Liveness
 from controller.metrics import Metrics
+from controller.policy import prompt_work
 from controller.proxy import Relay
 from controller.registry import Replica
 from controller.settings import ControllerSettings
@@ -31,6 +33,7 @@ class _Account:
     waited_s: float = 0.0
     ttft_s: float | None = None
     terminal: Terminal | None = None
+    chunks: int = 0  # that were relayed
 
 
 class Generator:
@@ -53,7 +56,7 @@ class Generator:
         self._clock = clock
 
     async def stream(
-        self, request: GenerateRequest, body: bytes, request_id: str
+        self, request: GenerateRequest, body: bytes, request_id: str, *, caller: Caller
     ) -> AsyncGenerator[bytes]:
         """Whole SSE frames; the last one is the terminal event (law L1).
 
@@ -69,6 +72,7 @@ class Generator:
         lost: TandemError | None = None
         # One generator, not one a layer: each would cost every token a hop.
         try:
+            caller.check_model(request.model, request.adapter)
             while True:
                 asked_at = self._clock()
                 async with self._dispatcher.lease(demand, tried) as replica:
@@ -83,6 +87,7 @@ class Generator:
                         last_at = self._first(account)
                         while relay.terminal is None:
                             yield data
+                            account.chunks += 1
                             data = await relay.read()
                             now = self._clock()
                             self._metrics.itl_s.observe(now - last_at)
@@ -107,7 +112,7 @@ class Generator:
                 raise told from None
             yield LastChunk(encode_sse(Failed.of(told)))
         finally:
-            self._close(account, request, request_id)
+            self._close(account, request, request_id, caller)
 
     def _relay(self, replica: Replica) -> Relay:
         return Relay(
@@ -124,7 +129,9 @@ class Generator:
         self._metrics.ttft_s.observe(account.ttft_s)
         return now
 
-    def _close(self, account: _Account, request: GenerateRequest, request_id: str) -> None:
+    def _close(
+        self, account: _Account, request: GenerateRequest, request_id: str, caller: Caller
+    ) -> None:
         """Metrics and the one log line of this request."""
         duration_s = self._clock() - account.begun_at
         finished = account.terminal if isinstance(account.terminal, Finished) else None
@@ -133,6 +140,7 @@ class Generator:
             self._metrics.finished(finished)
         elif isinstance(account.terminal, Failed):
             account.outcome = account.terminal.code
+        caller.charge(_used(account, request))
         self._metrics.requests.labels(account.outcome).inc()
         self._metrics.duration_s.observe(duration_s)
         self._metrics.waited_s.observe(account.waited_s)
@@ -141,6 +149,7 @@ class Generator:
             extra={
                 "request_id": request_id,
                 "model": request.model,
+                "key": caller.name,
                 "worker_id": account.worker_id,
                 "outcome": account.outcome,
                 "waited_s": account.waited_s,
@@ -150,3 +159,11 @@ class Generator:
                 "cached_tokens": finished.cached_tokens if finished else None,
             },
         )
+
+
+def _used(account: _Account, request: GenerateRequest) -> int:
+    """The tokens of the prompt and the answer; of an answer without an end, those at least that
+    came, and the prompt as placement counts it."""
+    if isinstance(account.terminal, Finished):
+        return account.terminal.prompt_tokens + account.terminal.completion_tokens
+    return 0 if account.ttft_s is None else account.chunks + round(prompt_work(request))

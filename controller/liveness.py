@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 
 import httpx
@@ -21,7 +22,8 @@ from protocol.messages import (
 )
 from transport import tripwire
 from transport.client import Unreachable
-from transport.process import check_address
+from transport.credentials import TOKEN_VARIABLE
+from transport.process import bare, check_address
 
 _LISTENS_S = 0.5  # between two looks whether a worker that registered listens; its lease ends it
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well
@@ -30,13 +32,16 @@ _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that 
 class Liveness:
     """The registry's hands: everything about membership that needs a network or a clock."""
 
-    def __init__(self, registry: Registry, *, ttl_s: float, heartbeat_s: float) -> None:
+    def __init__(
+        self, registry: Registry, *, ttl_s: float, heartbeat_s: float, headers: Mapping[str, str]
+    ) -> None:
+        """``headers`` go with everything that is sent to workers."""
         self._registry = registry
         self._ttl_s = ttl_s
         self._heartbeat_s = heartbeat_s
         # Workers are this cluster's own: the environment's proxies are for the world outside.
         limits = httpx.Timeout(connect=2, read=5, write=5, pool=5)
-        self._client = httpx.AsyncClient(timeout=limits, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=limits, trust_env=False, headers=headers)
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._probes: set[asyncio.Task[bool]] = set()
 
@@ -193,7 +198,8 @@ class Liveness:
 
 def _address(worker_name: str) -> str:
     try:
-        return check_address(worker_name)
+        # A password in it is for controllers of other makes; ours has the cluster's token.
+        return bare(check_address(worker_name, password=True))
     except ValueError as exc:
         raise InvalidRequest(f"worker_name: {exc}.") from exc
 
@@ -207,5 +213,7 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, httpx.TransportError | OSError):
         return "the connection broke"
     if isinstance(exc, httpx.HTTPStatusError):
+        if exc.response.status_code == 401:
+            return f"it answers 401, so its {TOKEN_VARIABLE} is not that of this controller"
         return f"it answers {exc.response.status_code}"
     return "its answer cannot be read"

@@ -50,7 +50,7 @@ def describe(app: FastAPI) -> None:
 
 def _add(app: FastAPI, path: str, body: type[BaseModel], media_types: tuple[str, ...]) -> None:
     async def served_beside(request: BaseModel) -> None:
-        raise NotImplementedError  # transport.asgi.beside takes the request out before
+        raise NotImplementedError  # transport.asgi.Beside takes the request out before
 
     served_beside.__annotations__["request"] = body
     content: dict[str, Any] = {media_type: {"schema": {}} for media_type in media_types}

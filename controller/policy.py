@@ -35,9 +35,13 @@ def work_of(request: GenerateRequest) -> float:
     Images count as 576 tokens each, LLaVA-1.5's figure, as replicas of one model agree on it and
     only ratios matter.
     """
-    prompt_tokens = request.prompt_chars / CHARS_PER_TOKEN + 576 * len(request.images)
     answer_tokens = max(0, request.max_new_tokens - len(request.resume_token_ids))
-    return prompt_tokens + min(answer_tokens, TYPICAL_ANSWER_TOKENS)
+    return prompt_work(request) + min(answer_tokens, TYPICAL_ANSWER_TOKENS)
+
+
+def prompt_work(request: GenerateRequest) -> float:
+    """The part of its prompt and images in ``work_of``."""
+    return request.prompt_chars / CHARS_PER_TOKEN + 576 * len(request.images)
 
 
 def speeds_of(replicas: Sequence[Replica]) -> list[float]:

@@ -18,6 +18,7 @@ FIELDS = (
     "worker_id",
     "address",
     "model",
+    "key",
     "kind",
     "outcome",
     "waited_s",

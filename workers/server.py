@@ -10,7 +10,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from protocol.errors import TandemError
 from protocol.events import (
@@ -33,7 +33,7 @@ class ReadyPrompt(BaseModel):
     prompt: str
 
 
-def create_app(shell: Shell) -> ASGIApp:
+def create_app(shell: Shell) -> asgi.Beside:
     """All routes over ``shell``."""
     app = FastAPI(title="Tandem worker", openapi_url=None)
     refusals.install(app)
@@ -86,7 +86,7 @@ def create_app(shell: Shell) -> ASGIApp:
         return shell.status()
 
     _fastchat_routes(app, shell)
-    return asgi.beside(
+    return asgi.Beside(
         app,
         {
             "/worker_generate_stream": _Generate(shell, whole=False),

@@ -115,7 +115,7 @@ async def test_a_body_too_large(cluster: Cluster) -> None:
     response = await cluster.client(controller).post(
         PATH, content=b'{"model": "echo", "prompt": "%b"}' % (b"a" * 3000)
     )
-    assert response.status_code == 422
+    assert response.status_code == 413
     assert "the limit is 2000" in response.json()["error"]["message"]
 
 
