@@ -56,6 +56,10 @@ def install(app: FastAPI, registry: Registry, intake: Intake, questions: Questio
         }
         return allowed(request, (name for name in registry.models() if name in seeing))
 
+    @app.get("/test_connection")
+    async def test_connection() -> str:
+        return "success"
+
     @app.post("/worker_get_conv_template")
     async def conv_template(body: OfModel, request: Request) -> dict[str, Any]:
         return await ask("/worker_get_conv_template", body, request)

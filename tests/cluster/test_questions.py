@@ -30,6 +30,18 @@ async def test_a_worker_is_asked(cluster: Cluster) -> None:
         assert (await client.post(path)).json() == {"models": ["echo", "other"]}
 
 
+async def test_the_address_of_a_model_is_the_controllers_with_the_key(cluster: Cluster) -> None:
+    controller = await cluster.controller()
+    await cluster.worker(controller)
+    client = cluster.client(controller)
+    asked = await client.post("/get_worker_address", json=HI, auth=("any", "k/1:2"))
+    host = controller.address.removeprefix("http://")
+    assert asked.json() == {"address": f"http://any:k%2F1%3A2@{host}"}
+    plain = await client.post("/get_worker_address", json=HI)
+    assert plain.json() == {"address": controller.address}
+    assert (await client.get("/test_connection")).json() == "success"
+
+
 async def test_another_one_is_asked_when_the_first_is_lost(cluster: Cluster) -> None:
     controller = await cluster.controller()
     faulty = await cluster.faulty(controller, b"")
