@@ -16,6 +16,7 @@ import sys
 import time
 
 from controller import access, callers, keys_command
+from controller.accounts import Accounts
 from controller.aggregate import aggregate
 from controller.app import Controller, create_app
 from controller.dispatch import Dispatcher
@@ -28,7 +29,7 @@ from controller.policy import POLICIES
 from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
-from transport import credentials, process
+from transport import credentials, process, tracing
 from transport.client import HttpPool
 from transport.membership import Membership
 
@@ -44,7 +45,9 @@ def main() -> None:
     process.run(lambda stop: serve(settings, stop))
 
 
-def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, HttpPool]:
+def wire(
+    settings: ControllerSettings, controller_id: str, tracer: tracing.Tracer | None = None
+) -> tuple[Controller, HttpPool]:
     """Make the parts and join them; needs a running event loop."""
     epoch = time.time_ns()
     registry = Registry(
@@ -78,8 +81,9 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         connect_timeout_s=settings.connect_timeout_s,
         headers=[(name.encode(), value.encode()) for name, value in to_workers.items()],
     )
-    metrics = Metrics(registry, dispatcher)
-    generator = Generator(settings, dispatcher, liveness, pool, metrics, time.monotonic)
+    metrics = Metrics(registry, dispatcher, time.monotonic)
+    accounts = Accounts(metrics, time.monotonic, tracer)
+    generator = Generator(settings, dispatcher, liveness, pool, accounts, time.monotonic)
     controller = Controller(
         settings=settings,
         registry=registry,
@@ -94,6 +98,7 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         generator=generator,
         metrics=metrics,
         questions=Questions(registry, liveness, pool),
+        accounts=accounts,
         clock=time.monotonic,
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )
@@ -112,8 +117,12 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     sock = process.bind(settings.host, settings.port)
     scheme = "http" if settings.tls is None else "https"
     address = settings.own_address or process.address_of(sock, scheme=scheme)
-    controller, pool = wire(settings, f"controller-{sock.getsockname()[1]}")
-    app = access.guarded(create_app(controller), settings, ring)
+    controller_id = f"controller-{sock.getsockname()[1]}"
+    tracer = await tracing.connect(
+        settings.otlp_endpoint, service="tandem-controller", instance=controller_id
+    )
+    controller, pool = wire(settings, controller_id, tracer)
+    app = access.guarded(create_app(controller), settings, ring, controller.accounts)
     server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()
     log.info("listening", extra={"address": process.bare(address)})
@@ -139,6 +148,8 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await controller.liveness.aclose()
         await controller.fetcher.aclose()
         pool.close()
+        if tracer is not None:
+            await tracer.aclose()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from controller import fastchat, openapi
+from controller.accounts import Accounts, Asker
 from controller.callers import Caller
 from controller.dispatch import Demand, Dispatcher, eligible
 from controller.fetch import ImageFetcher
@@ -71,6 +72,7 @@ class Controller:
     generator: Generator
     metrics: Metrics
     questions: Questions
+    accounts: Accounts
     clock: Callable[[], float]
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
@@ -183,7 +185,7 @@ def _operator_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/cluster")
     async def cluster() -> dict[str, Any]:
@@ -262,16 +264,18 @@ class _Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
+        asker = Asker.of(scope)
         limit_bytes = self._controller.settings.max_body_bytes
         sse = asgi.accepts_sse(scope)
         body = b""
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(GenerateRequest, body)
-            request = self._controller.intake.accept(asked)
+            request = self._controller.intake.accept(asked, asker.caller)
         except asgi.ClientLeft:
             return
         except TandemError as error:
+            self._controller.accounts.refused(error, request_id, asker)
             if sse or not has_sent(body):
                 await asgi.send_error(send, error, _id_header(request_id))
                 return
@@ -282,9 +286,7 @@ class _Generate:
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(
-            request, body, request_id, caller=caller_of(scope)
-        )
+        frames = self._controller.generator.stream(request, body, request_id, asker)
         sse = sse and not self._whole
         await asgi.respond(
             receive,
@@ -320,35 +322,35 @@ class _OpenAI:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         headers = _id_header(request_id)
-        caller = caller_of(scope)
+        asker = Asker.of(scope)
         limit_bytes = self._controller.settings.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(self._shape, body)
-            requests = self._requests(asked, len(body))
-            caller.check_model(requests[0].model, requests[0].adapter)  # before images are fetched
+            requests = self._requests(asked, len(body), asker.caller)
             named_by_address = self._controller.fetcher.check(requests[0].images)
         except asgi.ClientLeft:
             return
         except TandemError as error:
+            self._controller.accounts.refused(error, request_id, asker)
             await asgi.send_error(send, error, headers)
             return
         answered = self._fetched if named_by_address else self._answered
         await asgi.respond(
             receive,
             send,
-            answered(asked, requests, request_id, caller),
+            answered(asked, requests, request_id, asker),
             media_type=SSE_MEDIA_TYPE if asked.stream else "application/json",
             headers=headers,
         )
 
     def _requests(
-        self, asked: ChatCompletionRequest | CompletionRequest, body_bytes: int
+        self, asked: ChatCompletionRequest | CompletionRequest, body_bytes: int, caller: Caller
     ) -> list[GenerateRequest]:
         """One of our requests for each answer; raises ``RequestError``."""
         settings, intake = self._controller.settings, self._controller.intake
         requests = [
-            intake.accept(asgi.validate(GenerateRequest, fields))
+            intake.accept(asgi.validate(GenerateRequest, fields), caller)
             for fields in asked.as_fields(settings.max_tokens)
         ]
         if body_bytes * len(requests) > _BODIES_OF_CHOICES * settings.max_body_bytes:
@@ -364,14 +366,14 @@ class _OpenAI:
         asked: ChatCompletionRequest | CompletionRequest,
         requests: list[GenerateRequest],
         request_id: str,
-        caller: Caller,
+        asker: Asker,
     ) -> AsyncGenerator[bytes]:
         streams = [
             self._controller.generator.stream(
                 request,
                 _dumped(request),
                 f"{request_id}-{index}" if index else request_id,
-                caller=caller,
+                asker,
             )
             for index, request in enumerate(requests)
         ]
@@ -383,12 +385,16 @@ class _OpenAI:
         asked: ChatCompletionRequest | CompletionRequest,
         requests: list[GenerateRequest],
         request_id: str,
-        caller: Caller,
+        asker: Asker,
     ) -> AsyncGenerator[bytes]:
         """As ``_answered``, after the images that are named by address have been fetched."""
-        images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
+        try:
+            images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
+        except TandemError as error:
+            self._controller.accounts.refused(error, request_id, asker)
+            raise
         whole = [request.model_copy(update=images) for request in requests]
-        async with aclosing(self._answered(asked, whole, request_id, caller)) as chunks:
+        async with aclosing(self._answered(asked, whole, request_id, asker)) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -27,7 +27,7 @@ from protocol.events import (
 )
 from protocol.messages import GenerateRequest
 from transport.asgi import REQUEST_ID_HEADER
-from transport.client import HttpPool, Upstream
+from transport.client import Headers, HttpPool, Upstream
 
 PATH = "/worker_generate_stream"
 
@@ -55,8 +55,11 @@ class Relay:
         self._queue: deque[bytes] = deque()  # frames to be looked at one by one
         self.terminal: Terminal | None = None
 
-    async def open(self, request: GenerateRequest, body: bytes, request_id: str) -> None:
+    async def open(
+        self, request: GenerateRequest, body: bytes, request_id: str, context: Headers = ()
+    ) -> None:
         """Send the request, which is ``body`` as JSON; return when the worker has accepted it.
+        ``context`` is its trace's.
 
         Raises:
             TandemError: the worker refuses.
@@ -71,6 +74,7 @@ class Relay:
             (
                 (b"accept", SSE_MEDIA_TYPE.encode()),
                 (REQUEST_ID_HEADER, request_id.encode()),
+                *context,
             ),
             timeout_s=self._timeout_s,
         )

@@ -24,6 +24,7 @@ from protocol.events import (
 from protocol.logs import request_id_var
 from protocol.messages import AdapterSource, GenerateRequest, WorkerState, WorkerStatus
 from transport import asgi, fastchat, refusals
+from transport.tracing import Headers
 from workers.shell import Shell
 
 
@@ -54,7 +55,7 @@ def create_app(shell: Shell) -> asgi.Beside:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/drain")
     async def drain() -> WorkerStatus:
@@ -128,6 +129,7 @@ class _Generate:
             body = await asgi.read_body(scope, receive, limit_bytes=limit)
             request = asgi.parse(GenerateRequest, body)
         except TandemError as error:
+            self._shell.metrics.refused(error.code)
             if sse or not fastchat.has_sent(body):
                 await asgi.send_error(send, error, headers)
                 return
@@ -143,22 +145,24 @@ class _Generate:
         await asgi.respond(
             receive,
             send,
-            self._encoded(request, encode_sse) if sse else self._in_their_words(request),
+            self._encoded(request, encode_sse, scope["headers"])
+            if sse
+            else self._in_their_words(request, scope["headers"]),
             media_type=SSE_MEDIA_TYPE if sse else media_type,
             headers=headers,
         )
 
-    def _in_their_words(self, request: GenerateRequest) -> AsyncGenerator[bytes]:
+    def _in_their_words(self, request: GenerateRequest, headers: Headers) -> AsyncGenerator[bytes]:
         prompt = (request.prompt or "") if request.echo else ""
         if self._whole:
-            return fastchat.whole(self._shell.generate(request), prompt)
-        chunks = self._encoded(request, NulEncoder(prompt).encode)
+            return fastchat.whole(self._shell.generate(request, headers), prompt)
+        chunks = self._encoded(request, NulEncoder(prompt).encode, headers)
         return chunks if request.echo else fastchat.failures_as_frames(chunks, prompt)
 
     async def _encoded(
-        self, request: GenerateRequest, encode: Callable[[Event], bytes]
+        self, request: GenerateRequest, encode: Callable[[Event], bytes], headers: Headers
     ) -> AsyncGenerator[bytes]:
-        async with aclosing(self._shell.generate(request)) as events:
+        async with aclosing(self._shell.generate(request, headers)) as events:
             async for event in events:
                 data = encode(event)
                 yield asgi.LastChunk(data) if is_terminal(event) else data
