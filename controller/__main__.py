@@ -26,6 +26,7 @@ from controller.intake import Intake
 from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.policy import POLICIES
+from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
 from transport import credentials, process, tracing
@@ -55,11 +56,10 @@ def wire(
         on_change=lambda: on_change(),
         on_event=_log_event,
     )
-    policy, source = POLICIES[settings.dispatch_method], random.Random()
     dispatcher = Dispatcher(
         registry,
-        policy,
-        random=source,
+        POLICIES[settings.dispatch_method],
+        random=random.Random(),
         clock=time.monotonic,
         max_waiting=settings.max_waiting,
         max_waiting_bytes=settings.max_waiting_bytes,
@@ -97,9 +97,8 @@ def wire(
         ),
         generator=generator,
         metrics=metrics,
+        questions=Questions(registry, liveness, pool),
         accounts=accounts,
-        policy=policy,
-        random=source,
         clock=time.monotonic,
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )

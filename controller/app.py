@@ -7,13 +7,14 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from controller import openapi
+from controller import fastchat, openapi
 from controller.accounts import Accounts, Asker
 from controller.callers import Caller
 from controller.dispatch import Demand, Dispatcher, eligible
@@ -25,7 +26,7 @@ from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.openai.answers import Answer
 from controller.openai.requests import ChatCompletionRequest, CompletionRequest
-from controller.policy import Policy, Random
+from controller.questions import Questions
 from controller.registry import Registry, Replica
 from controller.settings import ControllerSettings
 from protocol.errors import (
@@ -45,7 +46,8 @@ from protocol.messages import (
     Registration,
     WorkerStatus,
 )
-from transport import asgi, refusals
+from transport import asgi, credentials, refusals
+from transport.fastchat import failures_as_frames, has_sent, refusal, whole
 
 _BODIES_OF_CHOICES = 4
 """Bodies of the largest size that the choices of one request may take together."""
@@ -81,9 +83,8 @@ class Controller:
     fetcher: ImageFetcher
     generator: Generator
     metrics: Metrics
+    questions: Questions
     accounts: Accounts
-    policy: Policy
-    random: Random
     clock: Callable[[], float]
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
@@ -99,12 +100,14 @@ def create_app(controller: Controller) -> asgi.Beside:
     refusals.install(app)
     _membership_routes(app, controller)
     _model_routes(app, controller)
+    fastchat.install(app, controller.registry, controller.intake, controller.questions)
     _operator_routes(app, controller)
     openapi.describe(app)
     return asgi.Beside(
         app,
         {
-            "/worker_generate_stream": _GenerateStream(controller),
+            "/worker_generate_stream": _Generate(controller, whole=False),
+            "/worker_generate": _Generate(controller, whole=True),
             "/v1/chat/completions": _OpenAI(controller, ChatCompletionRequest),
             "/v1/completions": _OpenAI(controller, CompletionRequest),
         },
@@ -179,14 +182,21 @@ def _model_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.post("/get_worker_address")
     async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
-        """Where a LLaVA client would send a request for this model; "" when nowhere."""
+        """Where LLaVA's and FastChat's clients send their requests for this model: here, as they
+        came here, so that these are queued, placed and retried; "" when nobody could serve it.
+
+        A key that came in the address (``http://any:KEY@host:port``) is in this one, too.
+        """
         caller_of(request.scope).check_model(body.model)
         demand = Demand(controller.intake.resolve(body.model), None, None, frozenset(), 0.0, 0)
         try:
-            replicas = eligible(controller.registry, demand)
+            eligible(controller.registry, demand)
         except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
-        return {"address": controller.policy(replicas, controller.random).address}
+        url = request.base_url
+        if (key := credentials.presented_in_address(request.scope)) is not None:
+            url = url.replace(username="any", password=quote(key, safe=""))
+        return {"address": str(url).rstrip("/")}
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -272,16 +282,20 @@ def _uptime_s(epoch: int) -> float | None:
 # ---------------------------------------------------------------- streams
 
 
-class _GenerateStream:
-    """``POST /worker_generate_stream``: LLaVA's route, in either framing."""
+class _Generate:
+    """``POST /worker_generate_stream``: LLaVA's route, in either framing; and FastChat's
+    ``/worker_generate``, the ``whole`` answer in one piece."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, *, whole: bool) -> None:
         self._controller = controller
+        self._whole = whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         asker = Asker.of(scope)
         limit_bytes = self._controller.settings.max_body_bytes
+        sse = asgi.accepts_sse(scope)
+        body = b""
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
             asked = asgi.parse(GenerateRequest, body)
@@ -290,20 +304,38 @@ class _GenerateStream:
             return
         except TandemError as error:
             self._controller.accounts.refused(error, request_id, asker)
-            await asgi.send_error(send, error, _id_header(request_id))
+            if sse or not has_sent(body):
+                await asgi.send_error(send, error, _id_header(request_id))
+                return
+            told = refusal(error, whole=self._whole)
+            headers = _id_header(request_id)
+            await asgi.respond(receive, send, told, media_type=self._media_type, headers=headers)
             return
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
         frames = self._controller.generator.stream(request, body, request_id, asker)
-        sse = asgi.accepts_sse(scope)
+        sse = sse and not self._whole
         await asgi.respond(
             receive,
             send,
-            frames if sse else _cumulative(frames, request.prompt or ""),
-            media_type=SSE_MEDIA_TYPE if sse else NUL_MEDIA_TYPE,
+            frames if sse else self._in_their_words(frames, request),
+            media_type=SSE_MEDIA_TYPE if sse else self._media_type,
             headers=_id_header(request_id),
         )
+
+    @property
+    def _media_type(self) -> str:
+        return "application/json" if self._whole else NUL_MEDIA_TYPE
+
+    def _in_their_words(
+        self, frames: AsyncGenerator[bytes], request: GenerateRequest
+    ) -> AsyncGenerator[bytes]:
+        prompt = (request.prompt or "") if request.echo else ""
+        if self._whole:
+            return whole(fastchat.events_of(frames), prompt)
+        chunks = _cumulative(frames, prompt)
+        return chunks if request.echo else failures_as_frames(chunks, prompt)
 
 
 class _OpenAI:

@@ -59,9 +59,7 @@ class Generator:
                     attempt.placed(replica, self._clock())
                     relay = self._relay(replica)
                     try:
-                        await relay.open(
-                            body, request.prompt or "", request_id, account.context_headers
-                        )
+                        await relay.open(request, body, request_id, account.context_headers)
                         data = await relay.read()
                         if isinstance(relay.terminal, Failed):
                             raise relay.terminal.error()  # nothing was sent: still a refusal (L3)

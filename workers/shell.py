@@ -43,6 +43,7 @@ from protocol.messages import (
 from transport.tracing import Headers, Tracer
 from workers import images
 from workers.engine import Engine, EngineInfo
+from workers.fastchat import FastChat
 from workers.metrics import Account, Metrics
 from workers.settings import WorkerSettings
 from workers.speed import SpeedMeter
@@ -89,6 +90,7 @@ class Shell:
         self.state = WorkerState.STARTING
         self.progress = "starting"
         self.metrics = Metrics(self.status)
+        self.fastchat = FastChat(engine, settings.name, self._check_running)
         self.tracer: Tracer | None = None  # set before the first request, if traces are wanted
 
     # ---- life
@@ -248,6 +250,7 @@ class Shell:
         try:
             request = self._addressed(request)
             self._check(request)
+            request = await self.fastchat.own(request)
             async with aclosing(self._run(request, account)) as events:
                 async for event in events:
                     if account.first_at is None:

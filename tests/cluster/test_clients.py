@@ -34,7 +34,7 @@ async def test_llavas_client(cluster: Cluster) -> None:
     models = (await client.post("/list_models")).json()["models"]
     assert models == ["echo"]
     address = (await client.post("/get_worker_address", json={"model": models[0]})).json()
-    assert address == {"address": worker.address}
+    assert address == {"address": controller.address}, "the dispatcher's"
     assert (await client.post("/get_worker_address", json={"model": "x"})).json() == {"address": ""}
     asked: dict[str, Any] = {
         "model": "echo",
