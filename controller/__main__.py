@@ -29,6 +29,7 @@ from controller.policy import POLICIES
 from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
+from controller.streams import Serving
 from transport import credentials, process, tracing
 from transport.client import HttpPool
 from transport.membership import Membership
@@ -83,22 +84,25 @@ def wire(
     )
     metrics = Metrics(registry, dispatcher, time.monotonic)
     accounts = Accounts(metrics, time.monotonic, tracer)
-    generator = Generator(settings, dispatcher, liveness, pool, accounts, time.monotonic)
-    controller = Controller(
-        settings=settings,
-        registry=registry,
-        liveness=liveness,
-        dispatcher=dispatcher,
+    serving = Serving(
+        max_body_bytes=settings.max_body_bytes,
         intake=Intake(settings.max_images, settings.max_tokens, settings.aliases),
         fetcher=ImageFetcher(
             settings.image_url_host,
             max_bytes=settings.max_image_bytes,
             max_total_bytes=settings.max_body_bytes,
         ),
-        generator=generator,
+        generator=Generator(settings, dispatcher, liveness, pool, accounts, time.monotonic),
+        accounts=accounts,
+    )
+    controller = Controller(
+        settings=settings,
+        registry=registry,
+        liveness=liveness,
+        dispatcher=dispatcher,
+        serving=serving,
         metrics=metrics,
         questions=Questions(registry, liveness, pool),
-        accounts=accounts,
         clock=time.monotonic,
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )
@@ -122,7 +126,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         settings.otlp_endpoint, service="tandem-controller", instance=controller_id
     )
     controller, pool = wire(settings, controller_id, tracer)
-    app = access.guarded(create_app(controller), settings, ring, controller.accounts)
+    app = access.guarded(create_app(controller), settings, ring, controller.serving.accounts)
     server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()
     log.info("listening", extra={"address": process.bare(address)})
@@ -146,7 +150,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.kill()
         await controller.liveness.aclose()
-        await controller.fetcher.aclose()
+        await controller.serving.fetcher.aclose()
         pool.close()
         if tracer is not None:
             await tracer.aclose()
