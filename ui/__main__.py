@@ -41,6 +41,9 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     uploads = settings.data_dir / "uploads"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.absolute())
+    # Where it is installed, Gradio would import it during the first event and turn it off and on
+    # around every other: seconds, and then milliseconds, for pictures that are not drawn here.
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]
     database = _open(settings.data_dir)
     with closing(database):
         sock = process.bind(settings.host, settings.port)

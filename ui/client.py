@@ -78,7 +78,7 @@ class RequestState(Message):
 
     state: Literal["waiting", "running"]
     place: int | None = None  # 1 is the next to be placed
-    waiting: int = 0
+    waiting: int | None = None
     worker_id: str | None = None
     kind: str | None = None
 

@@ -30,6 +30,7 @@ RATE_S = 0.05
 """Tokens that came within less say nothing of a rate: they may have waited together."""
 
 ASK_S = 0.5
+LATE_S = 0.3
 SAVE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ class Job:
             self._fail(Failure(code="page_failed", message="The page itself made a mistake."))
         finally:
             self._ended_at = self._clock()
+            if self.started and answer.worker_id is None:
+                await asyncio.wait([asking], timeout=LATE_S)  # asked before the end
             asking.cancel()
             saving.cancel()
             await asyncio.gather(asking, saving, return_exceptions=True)

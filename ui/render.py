@@ -220,7 +220,7 @@ def top(title: str, page: str, view: ClusterView | None, *, there: bool, root: s
         else ""
     )
     return (
-        f'<div class="nv">{side}<a class="brand" href="{root}/"><i></i><span>{escape(title)}</span>'
+        f'<div class="nv">{side}<a class="brand" href="{root}/" aria-label="{escape(title)}"><i></i><span>{escape(title)}</span>'
         f'</a><nav aria-label="Pages">{links}</nav><div class="sp"></div>'
         f'<span class="pill" data-testid="health" role="status"><i class="dot {dot}"></i>'
         f"<span>{said}</span></span>"

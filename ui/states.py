@@ -197,7 +197,7 @@ def waiting(place: RequestState | None, view: ClusterView | None, waited_s: floa
     if place is not None and place.state == "waiting":
         ahead = max(0, (place.place or 1) - 1)
         number = "You are next" if not ahead else f"{ahead} request{'s' * (ahead > 1)} before you"
-        share = 100 * (1 - ahead / max(place.waiting, ahead + 1, 1))
+        share = 100 * (1 - ahead / max(place.waiting or 0, ahead + 1))
         return (
             f'<div class="wait" data-state="queued">{ICONS["clock"]}<div><b>Waiting for a free '
             f"slot</b><span>{number}; {waited_s:.0f} s so far. Stop takes the question back."

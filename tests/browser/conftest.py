@@ -71,23 +71,25 @@ class Cluster:
         wait_workers(self.controller, len(self.workers), START_TIMEOUT_S)
 
     @contextmanager
-    def slowed(self, kind: str) -> Iterator[None]:
-        """The worker computes a small part of the time: its answers take seconds."""
-        process, done = self.workers[kind], threading.Event()
+    def slowed(self, kind: str) -> Iterator[threading.Event]:
+        """The worker computes a small part of the time, and not at all once the event is set."""
+        process, done, frozen = self.workers[kind], threading.Event(), threading.Event()
 
         def pulse() -> None:
             while not done.wait(0.008):
                 process.signal(signal.SIGSTOP)
                 done.wait(0.06)
-                process.signal(signal.SIGCONT)
+                if not frozen.is_set():
+                    process.signal(signal.SIGCONT)
 
         thread = threading.Thread(target=pulse)
         thread.start()
         try:
-            yield
+            yield frozen
         finally:
             done.set()
             thread.join()
+            process.signal(signal.SIGCONT)
 
     @contextmanager
     def frozen(self, kind: str) -> Iterator[None]:
@@ -152,6 +154,8 @@ def whole(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+expect.set_options(timeout=15_000)  # two cores may be busy with other things
+
 Open = Callable[..., Page]
 
 
@@ -166,7 +170,7 @@ def open_page(browser: Browser, site: str) -> Iterator[Open]:
             **DESK | {"permissions": ["clipboard-read", "clipboard-write"]} | options
         )
         contexts.append(context)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(15_000)
         page = context.new_page()
         page.on("pageerror", lambda error: faults.append(f"script: {error}"))
 

@@ -195,10 +195,10 @@ def test_feedback_with_a_comment_and_a_copy(page: Page) -> None:
 
 def test_a_reload_in_mid_answer_finds_it(page: Page, cluster: Cluster) -> None:
     choose_kind(page, "HF")
-    with cluster.slowed("hf"):
+    with cluster.slowed("hf") as freeze:
         send(page, COUNT)
         expect(page.locator("#live .md")).to_contain_text("1 2 3", timeout=20_000)
-    with cluster.frozen("hf"):
+        freeze.set()
         page.reload(wait_until="domcontentloaded")
         expect(page.locator("#live .md")).to_contain_text("1 2 3")
         expect(stop(page)).to_be_visible()

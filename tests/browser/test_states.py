@@ -47,7 +47,7 @@ def test_a_killed_worker_is_told_and_the_answer_goes_on_elsewhere(
     with cluster.slowed("hf"):
         send(page, COUNT)
         expect(page.locator("#live .md")).to_contain_text("1 2 3 4 5", timeout=20_000)
-    cluster.workers["hf"].kill()
+        cluster.workers["hf"].kill()
     state = card(page, "upstream_lost")
     expect(state).to_contain_text("was lost in mid-answer", timeout=20_000)
     expect(state).to_contain_text("sglang-1 can go on at the exact token")
@@ -91,7 +91,7 @@ def test_a_queued_question_knows_its_place(page: Page, cluster: Cluster) -> None
 
 def test_an_image_that_is_too_large_is_shrunk(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "large.png"
-    Image.effect_noise((640, 640), 90).convert("RGB").save(path)
+    Image.effect_noise((480, 480), 90).convert("RGB").save(path)
     assert path.stat().st_size > MAX_IMAGE_BYTES
     attach(page, path)
     send(page, "What is this?")
@@ -200,9 +200,11 @@ def test_a_page_that_was_killed_offers_to_go_on(
         page = open_page("/", base=base)
         expect(page.locator("#tx .ex").first).to_be_visible()
         choose_kind(page, "HF")
-        with cluster.slowed("hf"):
+        with cluster.slowed("hf") as freeze:
             send(page, COUNT)
-            expect(page.locator("#live .md")).to_contain_text(" 30 ", timeout=30_000)
+            expect(page.locator("#live .md")).to_contain_text(" 5 ", timeout=30_000)
+            freeze.set()
+            page.wait_for_timeout(2500)  # what there is was saved
             os.kill(first.pid, 9)
         port = base.rpartition(":")[2]
         second = start_page(stack, tmp_path, cluster.controller, "--port", port)

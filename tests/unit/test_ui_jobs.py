@@ -120,8 +120,11 @@ class Saved(list[tuple[str, str]]):
 async def test_an_answer_is_collected_with_its_figures() -> None:
     stage, saved = Stage(), Saved()
     stage.place = {"state": "running", "worker_id": "hf-1", "kind": "hf", "waiting": None}
+    stage.held.clear()
     async with served(stage) as controller:
         job = await Jobs(controller, saved).start("c", answer(), {"model": "m"})
+        await until(lambda: job.answer.worker_id)
+        stage.held.set()
         await until(lambda: job.ended)
     done = job.answer
     assert (done.status, done.text, done.token_ids) == ("stop", "0 1 2 3 4 ", [0, 1, 2, 3, 4])

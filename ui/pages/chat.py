@@ -351,7 +351,7 @@ class ChatPage:
         """The controls as they were for an answer; as they are, when there is none."""
         if settings is None:
             return self._choices(None, None)
-        return self._choices(settings.model, settings.adapter) | {
+        return self._choices(settings.model, settings.adapter, choose=True) | {
             self.kind: settings.kind or "auto",
             self.temperature: settings.temperature,
             self.top_p: settings.top_p,
@@ -360,8 +360,11 @@ class ChatPage:
             self.system: settings.system,
         }
 
-    def _choices(self, model: str | None, adapter: str | None) -> Updates:
-        """Models and adapters as served now; a choice stays, though it may be gone."""
+    def _choices(
+        self, model: str | None, adapter: str | None, *, choose: bool = False
+    ) -> Updates:
+        """Models and adapters as served now. A choice stays, though what it names may be gone:
+        only ``choose`` and the first model ever change it."""
         cluster = self._parts.watch.view
         models = list(cluster.bases) if cluster else []
         chosen = model or (models[0] if models else None)
@@ -369,16 +372,17 @@ class ChatPage:
         if chosen is not None and chosen not in models:
             labels.append((f"{chosen} (not served now)", chosen))
         adapters = cluster.adapters(chosen) if cluster else []
-        kept = adapter or ""
         names = [("None", ""), *((name, name) for name in adapters)]
-        if kept and kept not in adapters:
-            names.append((f"{kept} (not loaded now)", kept))
-        ready = bool(models)
+        if adapter and adapter not in adapters:
+            names.append((f"{adapter} (not loaded now)", adapter))
+        # A value that is sent would undo what is being chosen at this moment.
+        to_model = {"value": chosen} if choose or not model else {}
+        to_adapter = {"value": adapter or ""} if choose else {}
         return {
-            self.model: gr.Dropdown(choices=labels, value=chosen),
-            self.adapter: gr.Dropdown(choices=names, value=kept),
+            self.model: gr.Dropdown(choices=labels, **to_model),
+            self.adapter: gr.Dropdown(choices=names, **to_adapter),
             self.box: gr.MultimodalTextbox(
-                placeholder="Message, or paste an image" if ready else "Waiting for a model …"
+                placeholder="Message, or paste an image" if models else "Waiting for a model …"
             ),
         }
 
