@@ -1,8 +1,8 @@
 """Starts the processes of a plan, keeps them alive, and stops them.
 
 The controller comes first; when it answers, the page and all workers start together, each watched
-by a task of its own. Stopping is one path, however it was asked for: SIGTERM to all, so that they drain; after
-``DRAIN_LIMIT_S`` a second one, so that they end their streams with an error; after
+by a task of its own. Stopping is one path, however it was asked for: SIGTERM to all, so that they
+drain; after ``DRAIN_LIMIT_S`` a second one, so that they end their streams with an error; after
 ``ABORT_LIMIT_S`` more, SIGKILL.
 """
 

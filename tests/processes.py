@@ -77,9 +77,7 @@ class Process:
             self._must_live()
             return next((e["address"] for e in self.entries() if e["event"] == "listening"), "")
 
-        return until(
-            listening, timeout_s=timeout_s, what=f"{self.module} listens", say=self.tail
-        )
+        return until(listening, timeout_s=timeout_s, what=f"{self.module} listens", say=self.tail)
 
     def wait_ready(self, timeout_s: float = 15) -> str:
         """Its address, once ``/healthz`` says 200."""

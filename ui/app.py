@@ -98,7 +98,9 @@ def _files(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/healthz")
     async def healthz() -> dict[str, Any]:
-        return {"state": "ready", "controller": parts.watch.there}
+        view = parts.watch.view
+        models = view.bases if view else []
+        return {"state": "ready", "controller": parts.watch.there, "models": models}
 
     @app.get("/tandem/{name}")
     async def asset(name: str) -> Response:

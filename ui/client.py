@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any, Literal
 from urllib.parse import quote
@@ -101,7 +101,10 @@ class Controller:
 
     async def cluster(self) -> ClusterView:
         """Workers, load and events; raises as ``_call`` does."""
-        return ClusterView.model_validate(await self._call("GET", "/cluster"))
+        try:
+            return ClusterView.model_validate(await self._call("GET", "/cluster"))
+        except ValidationError as exc:
+            raise ControllerAway("what it says of its workers cannot be read") from exc
 
     async def request(self, request_id: str) -> RequestState | None:
         """Where this request is; ``None`` when the controller does not say."""
@@ -136,7 +139,7 @@ class Controller:
                     found[sample.name] = sample.value
         return found
 
-    async def generate(self, fields: dict[str, Any]) -> AsyncIterator[Event]:
+    async def generate(self, fields: dict[str, Any]) -> AsyncGenerator[Event]:
         """The events of one answer; closing the iterator cancels it, end to end.
 
         Raises:

@@ -97,10 +97,7 @@ def body(duel: Duel, root: str) -> str:
     if duel.choice is not None:
         said = {"a": "A is better", "b": "B is better", "tie": "a tie", "both_bad": "both bad"}
         thanks = f'<p class="thanks" role="status">Your vote is kept: {said[duel.choice]}.</p>'
-    return (
-        f'<div class="ask">{images}{text}</div>{_race(duel)}'
-        f'<div class="cols">{panes}</div>{thanks}'
-    )
+    return f'<div class="ask">{images}{text}</div>{_race(duel)}<div class="cols" tabindex="0">{panes}</div>{thanks}'
 
 
 def _better(mine: dict[str, float | None], other: dict[str, float | None]) -> set[str]:
@@ -147,10 +144,10 @@ def _pane(duel: Duel, name: str, side: Side, won: set[str]) -> str:
         head = f"<b>Answer {name}</b>"
     else:
         who = escape(" · ".join(part for part in (settings.model, settings.adapter) if part))
-        head = f'<b>{name}</b>{kind_badge(answer.kind)}{who}'
+        head = f"<b>{name}</b>{kind_badge(answer.kind)}{who}"
         head += f'<span class="wid">{escape(answer.worker_id or "")}</span>'
     cells = "".join(
-        f'<div{" class=win" if key in won else ""}><span>{label}</span>'
+        f"<div{' class=win' if key in won else ''}><span>{label}</span>"
         f"<b>{_said(figures[key], form)}<small>{unit}</small></b></div>"
         for key, label, form, unit in (
             ("ttft", "First token", ".2f", "s"),

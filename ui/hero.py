@@ -22,8 +22,8 @@ WITHOUT_PICTURE = "count"
 def welcome(root: str) -> str:
     """Four questions to begin with."""
     cards = "".join(
-        f'<button type="button" class="ex" data-act="example" data-k="{name}">{_drawing(name, root)}'
-        f"<span><b>{escape(title)}</b>{escape(question)}</span></button>"
+        f'<button type="button" class="ex" data-act="example" data-k="{name}">'
+        f"{_drawing(name, root)}<span><b>{escape(title)}</b>{escape(question)}</span></button>"
         for name, (title, question) in EXAMPLES.items()
     )
     return (

@@ -71,7 +71,7 @@ class Answer:
     kind: str | None = None
     worker_id: str | None = None
     request_id: str = ""
-    figures: Figures = Figures()
+    figures: Figures = field(default_factory=Figures)
     failure: Failure | None = None
     vote: Vote | None = None
     comment: str = ""

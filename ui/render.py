@@ -95,7 +95,9 @@ def _answered(
             if answer.token_ids
             else ""
         )
-        note = f'<p class="tag" data-state="stopped">Stopped by you{" · " if more else ""}{more}</p>'
+        note = (
+            f'<p class="tag" data-state="stopped">Stopped by you{" · " if more else ""}{more}</p>'
+        )
     liked, disliked = answer.vote == "up", answer.vote == "down"
     later = "" if last else "1"
     acts = _button("copy", "copy", "Copy answer", index) if answer.text else ""
@@ -184,9 +186,9 @@ def conversations(listed: Sequence[Listed], current: str | None, now: datetime) 
             f'<div class="cv" data-k="{escape(item.id)}"{chosen}>'
             f'<button type="button" class="op" data-act="open"{chosen}>{title}</button>'
             f'<button type="button" class="ib sm" data-act="rename" aria-label="Rename {title}">'
-            f'{ICONS["edit"]}</button>'
+            f"{ICONS['edit']}</button>"
             f'<button type="button" class="ib sm" data-act="delete" aria-label="Delete {title}">'
-            f'{ICONS["trash"]}</button></div>'
+            f"{ICONS['trash']}</button></div>"
         )
     return f'<nav aria-label="Chats">{"".join(out)}</nav>'
 
@@ -200,7 +202,11 @@ def _day(then: datetime, now: datetime) -> str:
 
 def top(title: str, page: str, view: ClusterView | None, *, there: bool, root: str) -> str:
     """The bar on top: name, pages, how the cluster is, light or dark."""
-    pages = (("chat", "/", "Chat"), ("compare", "/compare", "Compare"), ("cluster", "/cluster", "Cluster"))
+    pages = (
+        ("chat", "/", "Chat"),
+        ("compare", "/compare", "Compare"),
+        ("cluster", "/cluster", "Cluster"),
+    )
     links = "".join(
         f'<a href="{root}{path}"{" aria-current=page" if name == page else ""}>'
         f"{ICONS[name]}{label}</a>"
@@ -215,17 +221,18 @@ def top(title: str, page: str, view: ClusterView | None, *, there: bool, root: s
         dot, said = "am", '<span class="lg">waiting for workers</span>'
     side = (
         '<button class="ib" type="button" data-side aria-label="Chats" aria-controls="side">'
-        f'{ICONS["side"]}</button>'
+        f"{ICONS['side']}</button>"
         if page == "chat"
         else ""
     )
     return (
-        f'<div class="nv">{side}<a class="brand" href="{root}/" aria-label="{escape(title)}"><i></i><span>{escape(title)}</span>'
-        f'</a><nav aria-label="Pages">{links}</nav><div class="sp"></div>'
+        f'<div class="nv">{side}<a class="brand" href="{root}/" aria-label="{escape(title)}">'
+        f"<i></i><span>{escape(title)}</span></a>"
+        f'<nav aria-label="Pages">{links}</nav><div class="sp"></div>'
         f'<span class="pill" data-testid="health" role="status"><i class="dot {dot}"></i>'
         f"<span>{said}</span></span>"
         '<button class="ib" type="button" data-theme aria-label="Light or dark">'
-        f'{ICONS["sun"]}</button></div>'
+        f"{ICONS['sun']}</button></div>"
     )
 
 
@@ -236,5 +243,6 @@ def exports(conversation: str | None, root: str) -> str:
     at = f"{root}/tandem/export/{escape(conversation)}"
     return (
         '<details class="menu"><summary class="ghost">Export</summary><div>'
-        f'<a href="{at}.md" download>Markdown</a><a href="{at}.json" download>JSON</a></div></details>'
+        f'<a href="{at}.md" download>Markdown</a><a href="{at}.json" download>JSON</a>'
+        "</div></details>"
     )

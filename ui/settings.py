@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
 from transport.process import ProcessSettings, check_address
@@ -32,7 +32,8 @@ class UiSettings(ProcessSettings):
     )
     title: str = Field(default="Tandem", min_length=1, max_length=40, description="shown on top")
     auth: tuple[SecretStr, ...] = Field(
-        default=(), description="user:password that may come in; may repeat; nobody is asked if none"
+        default=(),
+        description="user:password that may come in; may repeat; nobody is asked if none",
     )
     root_path: str = Field(
         default="", description="path under which a proxy shows the page, such as /chat"
@@ -51,7 +52,7 @@ class UiSettings(ProcessSettings):
 
     @field_validator("host")
     @classmethod
-    def _guarded(cls, value: str) -> str:
+    def _guarded(cls, value: str, info: ValidationInfo) -> str:
         """Here it is --auth that guards, not the cluster's token: see below."""
         return value
 

@@ -62,7 +62,7 @@ def of_answer(answer: Answer, view: ClusterView | None, *, alive: bool) -> State
             "length",
             "clock",
             "later",
-            f"The answer reached {answer.figures.completion_tokens or len(answer.token_ids)} tokens",
+            f"The answer stopped at {len(answer.token_ids)} tokens",
             "That is the limit of one answer, or the end of what the model can hold. The limit is "
             "in the settings.",
             (CONTINUE,),
@@ -79,7 +79,7 @@ def _of_failure(answer: Answer, failure: Failure, view: ClusterView | None) -> S
     if name in _LOST and answer.token_ids:
         who = f"Worker {answer.worker_id}" if answer.worker_id else "The worker"
         title = f"{who} was lost in mid-answer"
-        said = f"{said} {_goes_on(answer, view)}"
+        said = f"{failure.message} {_goes_on(answer, view)}"
         icon, buttons = "plug", [CONTINUE, AGAIN]
     elif name in _LOST:
         title = "No worker could take this question"
@@ -121,6 +121,8 @@ def _of_failure(answer: Answer, failure: Failure, view: ClusterView | None) -> S
         buttons = list(_continue_or_retry(answer))
     else:
         title = "The question was refused" if name == "invalid_request" else "No answer came"
+    if answer.token_ids and buttons == [RETRY]:
+        buttons = [CONTINUE, AGAIN]
     return State(
         name, icon, tone, title, said, tuple(buttons), wait_s=wait_s, request_id=answer.request_id
     )
@@ -230,8 +232,15 @@ def away(address: str, reason: str, since_s: float) -> str:
 
 def refused(message: str, remedy: str) -> str:
     """The banner while the controller refuses this page itself."""
-    return card(State("refused", "warn", "bad", "The controller refuses this page",
-                      f"{message} {remedy} This page is given a key with TANDEM_API_KEY."))
+    return card(
+        State(
+            "refused",
+            "warn",
+            "bad",
+            "The controller refuses this page",
+            f"{message} {remedy} This page is given a key with TANDEM_API_KEY.",
+        )
+    )
 
 
 def too_large(name: str, size: int, limit: int) -> str:

@@ -131,22 +131,22 @@ class Database:
                 "UPDATE conversations SET updated_at = ? WHERE id = ? AND owner = ?",
                 (now, conversation, owner),
             ).rowcount
-            if not mine or conversation is None:
-                conversation = secrets.token_urlsafe(9)
+            named = conversation if conversation is not None and mine else secrets.token_urlsafe(9)
+            if not mine:
                 title = _title(text) if text.strip() else "An image"
                 self._sql.execute(
                     "INSERT INTO conversations VALUES (?, ?, ?, ?, ?)",
-                    (conversation, owner, title, now, now),
+                    (named, owner, title, now, now),
                 )
             turn = self._sql.execute(
-                "INSERT INTO turns (conversation, text) VALUES (?, ?)", (conversation, text)
+                "INSERT INTO turns (conversation, text) VALUES (?, ?)", (named, text)
             ).lastrowid
             assert turn is not None
             self._sql.executemany(
                 "INSERT INTO turn_images VALUES (?, ?, ?, ?)",
                 [(turn, place, sha256, name) for place, (sha256, name) in enumerate(images)],
             )
-        return conversation, turn
+        return named, turn
 
     def cut_after(self, turn: int) -> None:
         """Forget the turns after this one of its conversation."""

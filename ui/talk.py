@@ -84,9 +84,9 @@ class Talk:
             await self._store(db.keep, picture.sha256, picture.media_type, size, picture.data)
             named.append((picture.sha256, picture.name))
         await self._parts.jobs.stop(conversation)
-        conversation, _ = await self._store(db.ask, owner, conversation, text, named)
-        await self._begin(owner, conversation, -1, settings)
-        return conversation
+        asked_in, _ = await self._store(db.ask, owner, conversation, text, named)
+        await self._begin(owner, asked_in, -1, settings)
+        return asked_in
 
     async def again(self, owner: str, conversation: str, index: int, settings: Settings) -> None:
         """Another answer to an earlier question; what came after it is forgotten."""
@@ -121,11 +121,14 @@ class Talk:
             return
         answer = turn.answer
         await self._parts.jobs.stop(conversation)
+        await self._parts.watch.look()  # who is left is known a moment after a loss
         view = self._parts.watch.view
         settings = answer.settings
         if view is not None and settings.kind not in view.kinds(settings.model):
             settings = settings.model_copy(update={"kind": None})
-        messages, images = await self._messages(found.turns[: found.turns.index(turn) + 1], settings)
+        messages, images = await self._messages(
+            found.turns[: found.turns.index(turn) + 1], settings
+        )
         answer.request_id = uuid4().hex
         fields = fields_of(settings, messages, images, answer.request_id)
         fields["resume_token_ids"] = list(answer.token_ids)
@@ -175,9 +178,7 @@ class Talk:
             await self._store(self._store.db.cut_after, turn.id)
         return turn
 
-    async def _begin(
-        self, owner: str, conversation: str, index: int, settings: Settings
-    ) -> None:
+    async def _begin(self, owner: str, conversation: str, index: int, settings: Settings) -> None:
         found = await self._find(owner, conversation)
         turn = _at(found, index)
         if found is None or turn is None:

@@ -111,9 +111,7 @@ def _grown(before: Mapping[str, float], now: Mapping[str, float], name: str) -> 
     return now.get(name, 0.0) if grown < 0 else grown
 
 
-def quantile(
-    before: Mapping[str, float], now: Mapping[str, float], share: float
-) -> float | None:
+def quantile(before: Mapping[str, float], now: Mapping[str, float], share: float) -> float | None:
     """The time to first token that ``share`` of the requests between two looks kept to.
 
     Straight lines within a bucket, as Prometheus draws them; ``None`` without a request.

@@ -42,7 +42,7 @@ HF_SLOTS = 2
 
 
 def worker_flags(kind: str, controller: str) -> tuple[str, ...]:
-    flags = (
+    flags: tuple[str, ...] = (
         *("--port", "0", "--model-path", str(MODEL), "--device", "cpu", "--dtype", "float32"),
         *("--worker-id", f"{kind}-1", "--controller-address", controller),
     )

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Dialog, Page, expect
 
 from tests.browser.conftest import (
     BOT,
@@ -56,7 +56,9 @@ def test_a_question_about_a_picture_is_streamed_and_right(
         expect(page.locator("#live")).to_contain_text("HF")
     answer = answered(page)
     expect(answer).to_contain_text(RED)
-    expect(answer.locator("[data-testid=stats]")).to_contain_text(re.compile(r"HF.*\d s.*tok/s.*token"))
+    expect(answer.locator("[data-testid=stats]")).to_contain_text(
+        re.compile(r"HF.*\d s.*tok/s.*token")
+    )
     expect(page.locator(f"{USER} img")).to_be_visible()
     assert page.locator(f"{USER} img").evaluate("image => image.naturalWidth") == 112
     look(page, "chat-answered")
@@ -283,7 +285,12 @@ EVIL = (
 
 def test_what_people_write_is_text(page: Page) -> None:
     opened: list[str] = []
-    page.on("dialog", lambda dialog: (opened.append(dialog.message), dialog.dismiss()))
+
+    def note(dialog: Dialog) -> None:
+        opened.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", note)
     send(page, EVIL)
     answered(page)
     page.reload()

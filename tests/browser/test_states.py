@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,6 @@ def test_a_queued_question_knows_its_place(page: Page, cluster: Cluster) -> None
     choose_kind(page, "HF")
     with ExitStack() as stack, cluster.frozen("hf"):
         client = stack.enter_context(httpx.Client(base_url=cluster.controller, timeout=60))
-        import threading
 
         def ask() -> None:
             client.post("/worker_generate_stream", json=asked)
@@ -75,7 +75,7 @@ def test_a_queued_question_knows_its_place(page: Page, cluster: Cluster) -> None
         others = [threading.Thread(target=ask) for _ in range(HF_SLOTS + 1)]
         for other in others:
             other.start()
-        stack.callback(lambda: [other.join(30) for other in others])
+            stack.callback(other.join, 30)
 
         def full() -> bool:
             load = httpx.get(f"{cluster.controller}/cluster").json()["load"]
@@ -130,7 +130,8 @@ def test_a_conversation_that_is_too_long_says_so(page: Page) -> None:
 # ---------------------------------------------------------------- a page of its own
 
 
-PASSWORD = {"username": "ada", "password": "s3cret:with:colons"}
+USER, SECRET = "ada", "s3cret:with:colons"
+PASSWORD = {"username": USER, "password": SECRET}
 
 
 @pytest.fixture(scope="module")
@@ -142,15 +143,15 @@ def lonely(tmp_path_factory: pytest.TempPathFactory) -> Any:
             running(folder, "controller", "--port", "0", "--max-waiting", "0")
         )
         address = controller.wait_ready()
-        page = start_page(stack, folder, address, "--auth", ":".join(PASSWORD.values()))
+        page = start_page(stack, folder, address, "--auth", f"{USER}:{SECRET}")
         yield folder, controller, address, page.wait_ready(60)
 
 
 def test_without_a_model_the_page_waits_and_opens_by_itself(open_page: Open, lonely: Any) -> None:
-    folder, controller, address, base = lonely
+    folder, _, address, base = lonely
     assert httpx.get(base).status_code == 401
     assert httpx.get(base, auth=("ada", "wrong")).status_code == 401
-    assert httpx.get(f"{base}/config", auth=tuple(PASSWORD.values())).status_code == 200
+    assert httpx.get(f"{base}/config", auth=(USER, SECRET)).status_code == 200
     page = open_page("/", base=base, http_credentials=PASSWORD)
     expect(page.get_by_test_id("no-models")).to_contain_text("No model is being served yet")
     expect(page.get_by_test_id("no-models")).to_contain_text("python -m workers.hf")

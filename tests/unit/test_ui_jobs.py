@@ -101,7 +101,7 @@ async def served(stage: Stage) -> AsyncIterator[Controller]:
 
 async def until(check: Callable[[], object]) -> None:
     async with asyncio.timeout(10):
-        while not check():
+        while not check():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -33,7 +33,9 @@ def keep(database: Database, name: str = "red") -> str:
     return sha256
 
 
-def ask(database: Database, text: str = "Why?", *hashes: str, in_: str | None = None) -> tuple[str, int]:
+def ask(
+    database: Database, text: str = "Why?", *hashes: str, in_: str | None = None
+) -> tuple[str, int]:
     return database.ask(ME, in_, text, [(sha256, "a.png") for sha256 in hashes])
 
 

@@ -21,6 +21,7 @@ from ui.view import View
 Updates = dict[Any, Any]
 Change = Callable[[], Awaitable[Updates | None]]
 
+HINT_BOX = "Message, or paste an image"
 HINT = (
     "<div><kbd>Enter</kbd> send · <kbd>Shift Enter</kbd> new line · <kbd>Esc</kbd> stop · "
     "answers can be wrong, check what matters</div>"
@@ -96,7 +97,7 @@ class ChatPage:
             self.live = html("", elem_id="live", js_on_load=None)
             with gr.Column(elem_id="dock"):
                 self.notice = html("", elem_id="notice", js_on_load=LISTEN)
-                self.box = composer(parts, placeholder="Message, or paste an image")
+                self.box = composer(parts, placeholder=HINT_BOX)
                 html(HINT, elem_id="hint", js_on_load=None)
             self.said = html("", elem_id="said", js_on_load=None)
         self.timer = gr.Timer(2)
@@ -117,7 +118,11 @@ class ChatPage:
         self.list.select(self._act, [self.view, self.box, *asked], everything, **LONG)
         self.new.click(self._open_new, [self.view], everything, **LONG)
         self.find.change(
-            self._search, [self.view, self.find], [self.list], **QUIET | {"trigger_mode": "always_last"}
+            self._search,
+            [self.view, self.find],
+            [self.list],
+            # In the same stream as the events above, so that no older list comes after its own.
+            **LONG | {"trigger_mode": "always_last"},
         )
         self.timer.tick(self._tick, [self.view, self.model, self.adapter], everything, **QUIET)
         blocks.load(self._load, [self.view], everything, **LONG)
@@ -193,7 +198,12 @@ class ChatPage:
                 yield updates
             return
         if act == "dismiss":
-            yield {self.notice: "", self.box: gr.MultimodalTextbox(value={"text": message.get("text") or "", "files": []})}
+            yield {
+                self.notice: "",
+                self.box: gr.MultimodalTextbox(
+                    value={"text": message.get("text") or "", "files": []}
+                ),
+            }
             return
         restore = False
 
@@ -269,9 +279,7 @@ class ChatPage:
         view.search = text
         return await self._listed(view, owner_of(request))
 
-    async def _tick(
-        self, view: View, model: str | None, adapter: str | None
-    ) -> Updates:
+    async def _tick(self, view: View, model: str | None, adapter: str | None) -> Updates:
         """Every two seconds: whatever changed in the cluster, and nothing else."""
         watch = self._parts.watch
         cluster, alert = watch.view, banner(self._parts)
@@ -286,6 +294,7 @@ class ChatPage:
             self.banner: alert,
         }
         updates |= self._choices(model, adapter)
+        updates[self.box] = gr.MultimodalTextbox(placeholder=self._hint())
         if view.conversation is None:
             updates[self.tx] = self._empty()
         return updates
@@ -306,7 +315,10 @@ class ChatPage:
             changed = await change() or {}
             job = jobs.of(view.conversation)
             wanted = restore() if callable(restore) else restore
-            yield await self._everything(view, owner, writing=job is not None, restore=wanted) | changed
+            yield (
+                await self._everything(view, owner, writing=job is not None, restore=wanted)
+                | changed
+            )
             if job is None:
                 return
             view.on_handover(job.wake)
@@ -339,7 +351,9 @@ class ChatPage:
             self.export: render.exports(view.conversation, parts.root),
             self.notice: "",
             self.said: "",
-            self.box: gr.MultimodalTextbox(submit_btn=job is None, stop_btn=job is not None),
+            self.box: gr.MultimodalTextbox(
+                submit_btn=job is None, stop_btn=job is not None, placeholder=self._hint()
+            ),
         }
         last = found.turns[-1].answer if found and found.turns else None
         if restore:
@@ -360,9 +374,7 @@ class ChatPage:
             self.system: settings.system,
         }
 
-    def _choices(
-        self, model: str | None, adapter: str | None, *, choose: bool = False
-    ) -> Updates:
+    def _choices(self, model: str | None, adapter: str | None, *, choose: bool = False) -> Updates:
         """Models and adapters as served now. A choice stays, though what it names may be gone:
         only ``choose`` and the first model ever change it."""
         cluster = self._parts.watch.view
@@ -381,10 +393,11 @@ class ChatPage:
         return {
             self.model: gr.Dropdown(choices=labels, **to_model),
             self.adapter: gr.Dropdown(choices=names, **to_adapter),
-            self.box: gr.MultimodalTextbox(
-                placeholder="Message, or paste an image" if models else "Waiting for a model …"
-            ),
         }
+
+    def _hint(self) -> str:
+        view = self._parts.watch.view
+        return HINT_BOX if view is not None and view.bases else "Waiting for a model …"
 
     def _empty(self) -> str:
         watch = self._parts.watch

@@ -180,8 +180,8 @@ def _row(worker: WorkerView) -> str:
             f'<button type="button" class="bt" data-act="{does}" data-k="{name}" '
             f'aria-label="{does.capitalize()} {name}">{does.capitalize()}</button>'
         )
-    precision = f'<small>{escape(worker.precision)}</small>' if worker.precision else ""
-    device = f'<small>{escape(worker.device)}</small>' if worker.device else ""
+    precision = f"<small>{escape(worker.precision)}</small>" if worker.precision else ""
+    device = f"<small>{escape(worker.device)}</small>" if worker.device else ""
     return (
         f'<tr data-testid="worker-{name}"><td class="c1"><span class="wid">{name}</span></td>'
         f'<td class="c2"><span class="stt"><i class="dot {DOTS.get(state, "")}"></i>'

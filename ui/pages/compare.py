@@ -119,7 +119,11 @@ class ComparePage:
             yield self._shown(page.duel, first=True)
             while any(not side.job.ended for side in sides):
                 await asyncio.wait(
-                    [asyncio.create_task(side.job.changed(1.0)) for side in sides if not side.job.ended],
+                    [
+                        asyncio.create_task(side.job.changed(1.0))
+                        for side in sides
+                        if not side.job.ended
+                    ],
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 await asyncio.sleep(FRAME_S)
@@ -136,7 +140,9 @@ class ComparePage:
         content: list[dict[str, str]] = [{"type": "image"} for _ in images]
         if text:
             content.append({"type": "text", "text": text.replace("<image>", "<image >")})
-        fields = fields_of(settings, [{"role": "user", "content": content}], images, answer.request_id)
+        fields = fields_of(
+            settings, [{"role": "user", "content": content}], images, answer.request_id
+        )
         return Side(Job(self._parts.controller, answer, fields, _forget))
 
     def _shown(self, shown: Duel, *, first: bool = False) -> Updates:

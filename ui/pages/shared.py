@@ -12,9 +12,7 @@ from ui.parts import Parts
 
 COOKIE = "tandem_browser"
 
-LISTEN = (
-    "const go=()=>window.tandem?window.tandem.listen(element,trigger):setTimeout(go,30);go()"
-)
+LISTEN = "const go=()=>window.tandem?window.tandem.listen(element,trigger):setTimeout(go,30);go()"
 """``ui.js`` turns clicks on ``data-act`` into events of the component."""
 
 QUIET: dict[str, Any] = {
@@ -46,9 +44,7 @@ def owner_of(request: gr.Request) -> str:
 
 def top(parts: Parts, page: str) -> str:
     watch = parts.watch
-    return render.top(
-        parts.settings.title, page, watch.view, there=watch.there, root=parts.root
-    )
+    return render.top(parts.settings.title, page, watch.view, there=watch.there, root=parts.root)
 
 
 def banner(parts: Parts) -> str:
