@@ -97,7 +97,10 @@ def body(duel: Duel, root: str) -> str:
     if duel.choice is not None:
         said = {"a": "A is better", "b": "B is better", "tie": "a tie", "both_bad": "both bad"}
         thanks = f'<p class="thanks" role="status">Your vote is kept: {said[duel.choice]}.</p>'
-    return f'<div class="ask">{images}{text}</div>{_race(duel)}<div class="cols" tabindex="0">{panes}</div>{thanks}'
+    return (
+        f'<div class="ask">{images}{text}</div>{_race(duel)}'
+        f'<div class="cols" tabindex="0">{panes}</div>{thanks}'
+    )
 
 
 def _better(mine: dict[str, float | None], other: dict[str, float | None]) -> set[str]:

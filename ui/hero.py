@@ -49,7 +49,7 @@ def unserved(view: ClusterView | None, controller: str, *, there: bool) -> str:
         steps.append(("cur", "Controller", f"does not answer at {controller} yet", ""))
     command = markdown.code(
         f"python -m workers.hf --model-path models/pocket-llava --controller-address {controller}",
-        "",
+        "bash",
     )
     if starting:
         told = ", ".join(f"{w.worker_id} is {w.progress or 'starting'}" for w in starting[:4])

@@ -10,9 +10,9 @@ import gradio as gr
 from anyio import to_thread
 
 from ui import hero, images, render
-from ui.icons import ICONS
 from ui.model import Settings
-from ui.pages.shared import LISTEN, LONG, QUIET, banner, composer, html, owner_of, top
+from ui.pages.chat_layout import HINT_BOX, ChatLayout
+from ui.pages.shared import LONG, QUIET, banner, owner_of, top
 from ui.parts import HERE, Parts
 from ui.talk import Talk, able
 from ui.uploads import attached, unpack
@@ -21,86 +21,16 @@ from ui.view import View
 Updates = dict[Any, Any]
 Change = Callable[[], Awaitable[Updates | None]]
 
-HINT_BOX = "Message, or paste an image"
-HINT = (
-    "<div><kbd>Enter</kbd> send · <kbd>Shift Enter</kbd> new line · <kbd>Esc</kbd> stop · "
-    "answers can be wrong, check what matters</div>"
-)
 
-
-class ChatPage:
+class ChatPage(ChatLayout):
     """Built once; each open page has a ``View``."""
 
     def __init__(self, parts: Parts, blocks: gr.Blocks) -> None:
         self._parts = parts
         self._talk = Talk(parts)
         with blocks:
-            self._layout()
+            super().__init__(parts)
             self._wire(blocks)
-
-    # ---------------------------------------------------------------- what is there
-
-    def _layout(self) -> None:
-        parts, limits = self._parts, Settings.model_fields
-        self.view = gr.State(View())
-        self.nav = html(top(parts, "chat"), elem_id="nav", js_on_load=None)
-        with gr.Column(elem_id="side"):
-            self.new = gr.Button("New chat", elem_id="new-chat")
-            self.find = gr.Textbox(
-                placeholder="Search chats", label="Search chats", show_label=False,
-                container=False, elem_id="find", max_length=200,
-            )  # fmt: skip
-            self.list = html("", elem_id="convs", js_on_load=LISTEN)
-        with gr.Column(elem_id="settings"):
-            html(
-                '<div class="sh"><h2>Settings</h2><button type="button" class="ib" data-settings '
-                f'aria-label="Close settings">{ICONS["close"]}</button></div>',
-                js_on_load=None,
-            )
-            self.system = gr.Textbox(
-                label="System prompt", lines=3, placeholder="Optional", max_length=20_000
-            )
-            self.adapter = gr.Dropdown(
-                [("None", "")], value="", label="Adapter", filterable=False, elem_id="adapter"
-            )
-            self.temperature = gr.Slider(
-                0, 2, limits["temperature"].default, step=0.05, label="Temperature"
-            )
-            self.top_p = gr.Slider(0, 1, limits["top_p"].default, step=0.05, label="Top p")
-            self.max_tokens = gr.Slider(
-                1, 4096, limits["max_tokens"].default, step=1, label="Longest answer in tokens"
-            )
-            self.seed = gr.Textbox(
-                label="Seed", placeholder="Random", max_length=19,
-                info="The same seed and question give the same answer.",
-            )  # fmt: skip
-        with gr.Column(elem_id="stage"):
-            with gr.Row(elem_id="bar"):
-                self.model = gr.Dropdown(
-                    [], label="Model", show_label=False, container=False, elem_id="model",
-                    filterable=False,
-                )  # fmt: skip
-                self.kind = gr.Radio(
-                    [("Auto", "auto"), ("SGLang", "sglang"), ("HF", "hf")], value="auto",
-                    label="Backend", show_label=False, container=False, elem_id="backend",
-                    elem_classes="seg",
-                )  # fmt: skip
-                html("", elem_classes="gap", js_on_load=None)
-                self.export = html("", elem_id="export", js_on_load=None)
-                html(
-                    '<button type="button" class="ghost" id="open-settings" data-settings '
-                    'aria-controls="settings">Settings</button>',
-                    js_on_load=None,
-                )
-            self.banner = html("", elem_id="banner", js_on_load=None)
-            self.tx = html("", elem_id="tx", js_on_load=LISTEN)
-            self.live = html("", elem_id="live", js_on_load=None)
-            with gr.Column(elem_id="dock"):
-                self.notice = html("", elem_id="notice", js_on_load=LISTEN)
-                self.box = composer(parts, placeholder=HINT_BOX)
-                html(HINT, elem_id="hint", js_on_load=None)
-            self.said = html("", elem_id="said", js_on_load=None)
-        self.timer = gr.Timer(2)
 
     def _wire(self, blocks: gr.Blocks) -> None:
         asked = [
@@ -111,12 +41,19 @@ class ChatPage:
             self.nav, self.list, self.export, self.banner, self.tx, self.live, self.notice,
             self.box, self.said, *asked,
         ]  # fmt: skip
-        self.box.submit(self._submit, [self.view, self.box, *asked], everything, **LONG)
+        spoken = [self.view, self.box, *asked]
+        for event in (
+            self.box.submit(self._submit, spoken, everything, **LONG),
+            self.tx.select(self._act, spoken, everything, **LONG),
+            self.notice.select(self._act, spoken, everything, **LONG),
+            self.list.select(self._act, spoken, everything, **LONG),
+            self.new.click(self._open_new, [self.view], everything, **LONG),
+            blocks.load(self._load, [self.view], everything, **LONG),
+        ):
+            # Streamed into one component: what an update costs goes with the number of outputs.
+            following = event.then(self._follow, [self.view], [self.live], **LONG)
+            following.then(self._finish, [self.view], everything, **LONG)
         self.box.stop(self._stop, [self.view], None, **QUIET)
-        self.tx.select(self._act, [self.view, self.box, *asked], everything, **LONG)
-        self.notice.select(self._act, [self.view, self.box, *asked], everything, **LONG)
-        self.list.select(self._act, [self.view, self.box, *asked], everything, **LONG)
-        self.new.click(self._open_new, [self.view], everything, **LONG)
         self.find.change(
             self._search,
             [self.view, self.find],
@@ -125,32 +62,26 @@ class ChatPage:
             **LONG | {"trigger_mode": "always_last"},
         )
         self.timer.tick(self._tick, [self.view, self.model, self.adapter], everything, **QUIET)
-        blocks.load(self._load, [self.view], everything, **LONG)
 
     # ---------------------------------------------------------------- events
 
-    async def _load(self, view: View, request: gr.Request) -> AsyncIterator[Updates]:
-        wanted = request.query_params.get("c")
-
+    async def _load(self, view: View, request: gr.Request) -> Updates:
         async def change() -> Updates:
-            view.conversation = wanted
+            view.conversation = request.query_params.get("c")
             return {self.nav: top(self._parts, "chat")}
 
-        async for updates in self._write(view, request, change, restore=True):
-            yield updates
+        return await self._write(view, request, change, restore=True)
 
-    async def _open_new(self, view: View, request: gr.Request) -> AsyncIterator[Updates]:
+    async def _open_new(self, view: View, request: gr.Request) -> Updates:
         async def change() -> None:
             view.conversation = None
 
-        async for updates in self._write(view, request, change):
-            yield updates
+        return await self._write(view, request, change)
 
     async def _submit(
         self, view: View, message: dict[str, Any], request: gr.Request, *asked: Any
-    ) -> AsyncIterator[Updates]:
-        async for updates in self._send(view, message, _settings(*asked), request):
-            yield updates
+    ) -> Updates:
+        return await self._send(view, message, _settings(*asked), request)
 
     async def _send(
         self,
@@ -160,16 +91,14 @@ class ChatPage:
         request: gr.Request,
         *,
         shrink: bool = False,
-    ) -> AsyncIterator[Updates]:
+    ) -> Updates:
         text, files = (message.get("text") or "").strip(), message.get("files") or []
         if not text and not files:
-            yield {self.notice: ""}
-            return
+            return {self.notice: ""}
         pictures, problem = await to_thread.run_sync(attached, self._parts.settings, files, shrink)
         problem = problem or able(self._parts, settings, images=bool(files))
         if problem:
-            yield {self.notice: problem}
-            return
+            return {self.notice: problem}
 
         async def change() -> Updates:
             view.conversation = await self._talk.ask(
@@ -177,8 +106,7 @@ class ChatPage:
             )
             return {self.box: gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True)}
 
-        async for updates in self._write(view, request, change):
-            yield updates
+        return await self._write(view, request, change)
 
     async def _act(
         self,
@@ -187,63 +115,59 @@ class ChatPage:
         request: gr.Request,
         event: gr.EventData,
         *asked: Any,
-    ) -> AsyncIterator[Updates]:
+    ) -> Updates:
         """A click in the HTML: ``act`` says what, ``i`` in which turn."""
         settings, owner = _settings(*asked), owner_of(request)
         data: dict[str, Any] = event._data if isinstance(event._data, dict) else {}
-        act, index = str(data.get("act")), _number(data.get("i"))
-        current, talk = view.conversation, self._talk
+        act = str(data.get("act"))
         if act == "shrink":
-            async for updates in self._send(view, message, settings, request, shrink=True):
-                yield updates
-            return
+            return await self._send(view, message, settings, request, shrink=True)
         if act == "dismiss":
-            yield {
-                self.notice: "",
-                self.box: gr.MultimodalTextbox(
-                    value={"text": message.get("text") or "", "files": []}
-                ),
-            }
-            return
-        restore = False
+            kept: dict[str, Any] = {"text": message.get("text") or "", "files": []}
+            return {self.notice: "", self.box: gr.MultimodalTextbox(value=kept)}
 
         async def change() -> Updates | None:
-            nonlocal restore
-            if act == "example" and data.get("k") in hero.EXAMPLES:
+            if act in ("open", "new"):
+                view.conversation = str(data.get("k")) if act == "open" else None
+            elif act == "example" and data.get("k") in hero.EXAMPLES:
                 return await self._example(view, owner, str(data["k"]), settings)
-            if act == "open":
-                view.conversation, restore = str(data.get("k")), True
-            elif act == "new":
-                view.conversation = None
-            elif act == "rename":
-                await self._parts.store(
-                    self._parts.store.db.rename, owner, str(data.get("k")), str(data.get("text"))
-                )
-            elif act == "delete":
-                await talk.delete(owner, str(data.get("k")))
-                if data.get("k") == current:
-                    view.conversation = None
-            elif current is None:
-                return None
-            elif act == "retry":
-                await talk.again(owner, current, index, settings)
-            elif act == "edit":
-                await talk.reword(owner, current, index, str(data.get("text")), settings)
-            elif act == "continue":
-                await talk.go_on(owner, current, index)
-            elif act == "branch":
-                await talk.choose(owner, current, index, _number(data.get("to")))
-            elif act == "judge" and data.get("v") in ("up", "down"):
-                comment = data.get("comment")
-                await talk.judge(
-                    owner, current, index, data["v"], None if comment is None else str(comment)
-                )
-            elif act == "undo":
-                return await self._undo(owner, current)
+            elif act in ("rename", "delete"):
+                await self._tidy(view, owner, act, data)
+            elif act == "undo" and view.conversation is not None:
+                return await self._undo(owner, view.conversation)
+            elif view.conversation is not None:
+                await self._on_turn(owner, view.conversation, act, data, settings)
             return None
 
-        async for updates in self._write(view, request, change, restore=lambda: restore):
-            yield updates
+        return await self._write(view, request, change, restore=act == "open")
+
+    async def _tidy(self, view: View, owner: str, act: str, data: dict[str, Any]) -> None:
+        """Rename or delete a conversation of the list."""
+        named, store = str(data.get("k")), self._parts.store
+        if act == "rename":
+            await store(store.db.rename, owner, named, str(data.get("text")))
+            return
+        await self._talk.delete(owner, named)
+        if named == view.conversation:
+            view.conversation = None
+
+    async def _on_turn(
+        self, owner: str, conversation: str, act: str, data: dict[str, Any], settings: Settings
+    ) -> None:
+        """What the buttons of a turn do."""
+        talk, index = self._talk, _number(data.get("i"))
+        if act == "retry":
+            await talk.again(owner, conversation, index, settings)
+        elif act == "edit":
+            await talk.reword(owner, conversation, index, str(data.get("text")), settings)
+        elif act == "continue":
+            await talk.go_on(owner, conversation, index)
+        elif act == "branch":
+            await talk.choose(owner, conversation, index, _number(data.get("to")))
+        elif act == "judge" and data.get("v") in ("up", "down"):
+            comment = data.get("comment")
+            said = None if comment is None else str(comment)
+            await talk.judge(owner, conversation, index, data["v"], said)
 
     async def _example(
         self, view: View, owner: str, name: str, settings: Settings
@@ -302,34 +226,42 @@ class ChatPage:
     # ---------------------------------------------------------------- the page as it is now
 
     async def _write(
-        self,
-        view: View,
-        request: gr.Request,
-        change: Change,
-        *,
-        restore: bool | Callable[[], bool] = False,
-    ) -> AsyncIterator[Updates]:
-        """Make a change, show everything, and then the running answer until it has ended."""
-        owner, jobs = owner_of(request), self._parts.jobs
-        async with view.writing() as mine:
+        self, view: View, request: gr.Request, change: Change, *, restore: bool = False
+    ) -> Updates:
+        """Make a change, and show everything as it then is."""
+        async with view.writing():
+            view.ended = False
             changed = await change() or {}
+            job = self._parts.jobs.of(view.conversation)
+            return await self._everything(
+                view, owner_of(request), writing=job is not None, restore=restore
+            ) | changed  # fmt: skip
+
+    async def _follow(self, view: View) -> AsyncIterator[Any]:
+        """Show the answer that is being written until it has ended, or something else is shown."""
+        jobs = self._parts.jobs
+        yield gr.skip()
+        async with view.writing() as mine:
+            view.ended = False
             job = jobs.of(view.conversation)
-            wanted = restore() if callable(restore) else restore
-            yield (
-                await self._everything(view, owner, writing=job is not None, restore=wanted)
-                | changed
-            )
             if job is None:
                 return
             view.on_handover(job.wake)
             async for _ in jobs.frames(job):
                 if not mine():
                     return
-                yield {self.live: render.live(job, self._parts.watch.view)}
-            if mine():
-                yield await self._everything(view, owner, writing=False) | {
-                    self.said: '<span role="status">The answer is complete.</span>'
-                }
+                yield render.live(job, self._parts.watch.view)
+            view.ended = mine()
+
+    async def _finish(self, view: View, request: gr.Request) -> Updates:
+        """The complete answer in its place in the transcript."""
+        if not view.ended:
+            return {self.nav: gr.skip()}
+        view.ended = False
+        async with view.writing():
+            job = self._parts.jobs.of(view.conversation)
+            shown = await self._everything(view, owner_of(request), writing=job is not None)
+            return shown | {self.said: '<span role="status">The answer is complete.</span>'}
 
     async def _everything(
         self, view: View, owner: str, *, writing: bool, restore: bool = False
