@@ -77,6 +77,8 @@ class Site:
         )
         self._submit = self._event(config, self._box, "submit")
         self._load = self._event(config, None, "load")
+        self._follow = self._after(config, self._submit)
+        self._finish = self._after(config, self._follow)
 
     @staticmethod
     def _event(config: dict[str, Any], component: int | None, name: str) -> int:
@@ -86,6 +88,13 @@ class Site:
                 if named == name and component in (None, target):
                     return index
         raise SystemExit(f"error: the page has no event {name}")
+
+    @staticmethod
+    def _after(config: dict[str, Any], event: int) -> int:
+        """The event that a browser starts when this one is complete."""
+        dependencies = config["dependencies"]
+        before = dependencies[event]["id"]
+        return next(i for i, d in enumerate(dependencies) if d["trigger_after"] == before)
 
     async def chat(self, model: str, question: str) -> Chat:
         """Open the page, ask, and read updates until the answer is in the transcript."""
@@ -98,6 +107,8 @@ class Site:
             await self._run(client, session, self._load, [None], Chat(0.0))
             chat = Chat(time.perf_counter())
             await self._run(client, session, self._submit, asked, chat)
+            await self._run(client, session, self._follow, [None], chat)
+            await self._run(client, session, self._finish, [None], chat)
             return chat
 
     async def _run(

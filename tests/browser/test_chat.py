@@ -243,7 +243,7 @@ def test_chats_are_listed_searched_renamed_exported_and_deleted(
     name = page.get_by_test_id("edit-box")
     name.fill("My <i>circle</i>")
     name.press("Enter")
-    expect(listed.first).to_have_text("My <i>circle</i>")
+    expect(page.locator("#convs .cv[aria-current] .op")).to_have_text("My <i>circle</i>")
 
     def download(kind: str) -> Path:
         page.locator("#export summary").click()

@@ -163,7 +163,7 @@ def test_without_a_model_the_page_waits_and_opens_by_itself(open_page: Open, lon
     with running(folder, "workers.echo", *flags, "--controller-address", address):
         wait_workers(address, 1)
         expect(page.locator("#tx .ex").first).to_be_visible()
-        send(page, "hello " * 40)
+        send(page, "hello " * 600)
         expect(page.locator("#live .md")).to_contain_text("hello")
         # The one slot is taken and nobody may wait: the next question is refused, with a time.
         second = open_page("/", base=base, http_credentials=PASSWORD)
@@ -172,7 +172,8 @@ def test_without_a_model_the_page_waits_and_opens_by_itself(open_page: Open, lon
         state = card(second, "overloaded")
         expect(state).to_contain_text("The queue is full")
         look(second, "state-full")
-        expect(answered(page)).to_contain_text("hello")
+        stop(page).click()
+        expect(answered(page)).to_contain_text("Stopped by you")
         state.get_by_role("button", name="Try again").click(timeout=30_000)
         expect(answered(second)).to_contain_text("and me?")
 
@@ -210,9 +211,8 @@ def test_a_page_that_was_killed_offers_to_go_on(
         port = base.rpartition(":")[2]
         second = start_page(stack, tmp_path, cluster.controller, "--port", port)
         second.wait_ready(60)
-        page.reload()
-        state = card(page, "interrupted")
-        expect(state).to_contain_text("The chat page was restarted")
+        state = card(page, "interrupted")  # the page connects and loads again by itself
+        expect(state).to_contain_text("The chat page was restarted", timeout=40_000)
         state.get_by_role("button", name="Continue").click()
         expect(answered(page).locator(".md")).to_have_text(
             re.compile("^" + " ".join(map(str, range(1, 60))))

@@ -189,7 +189,8 @@ class ComparePage:
         page.seen = seen
         values = [value for _, value in choices]
         first = a or (values[0] if values else None)
-        second = b or (values[1] if len(values) > 1 else first)
+        others = [v for v in values if first is None or kind_of(v) != kind_of(first)]
+        second = b or next(iter([*others, *values[1:], first]))
         updates: Updates = {self.nav: seen[2], self.banner: alert}
         for dropdown, value in zip(self.targets, (first, second), strict=True):
             labels = list(choices)
@@ -215,6 +216,11 @@ def targets(view: ClusterView | None) -> list[tuple[str, str]]:
                     target = [model, worker.kind, adapter]
                     found.append((label(target), json.dumps(target)))
     return list(dict.fromkeys(found))
+
+
+def kind_of(value: str) -> str | None:
+    target: list[str | None] = json.loads(value)
+    return target[1]
 
 
 def label(target: list[str | None]) -> str:
