@@ -12,8 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ui.pages.shared import COOKIE
-
+COOKIE = "tandem_browser"
 YEAR_S = 365 * 24 * 3600
 
 POLICY = "; ".join(

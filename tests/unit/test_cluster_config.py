@@ -150,7 +150,9 @@ def test_a_page_is_started_only_where_the_file_asks_for_one() -> None:
     assert argv[:2] == ["-m", "ui"]
     assert argv[argv.index("--controller-address") + 1] == "http://127.0.0.1:21001"
     assert argv[-2:] == ["--title", "Ours"]
-    assert "ui.prot is not a known key; did you mean port?" in complaint("ui: {prot: 1}\nworkers: []")
+    assert "ui.prot is not a known key; did you mean port?" in complaint(
+        "ui: {prot: 1}\nworkers: []"
+    )
 
 
 def test_the_demo_is_a_page_and_one_worker_of_each_kind() -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import gradio as gr
 
 from ui import render, states
+from ui.door import COOKIE
 from ui.parts import Parts
-
-COOKIE = "tandem_browser"
 
 LISTEN = "const go=()=>window.tandem?window.tandem.listen(element,trigger):setTimeout(go,30);go()"
 """``ui.js`` turns clicks on ``data-act`` into events of the component."""
