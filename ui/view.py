@@ -20,6 +20,7 @@ class View:
         self.conversation: str | None = None
         self.search = ""
         self.seen: Hashable = None
+        self.unfinished = False  # the page shows an answer as one that is being written
         self.ended = False  # the answer that was followed is complete and not yet in its place
         self._writers = 0
         self._turn = asyncio.Lock()

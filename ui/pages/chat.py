@@ -245,6 +245,7 @@ class ChatPage(ChatLayout):
             view.ended = False
             job = jobs.of(view.conversation)
             if job is None:
+                view.ended = view.unfinished  # it was quicker than this event
                 return
             view.on_handover(job.wake)
             async for _ in jobs.frames(job):
@@ -273,6 +274,7 @@ class ChatPage(ChatLayout):
             if found is None:
                 view.conversation = None
         job = parts.jobs.of(view.conversation) if writing else None
+        view.unfinished = job is not None
         shown = self._empty() if found is None else render.transcript(
             found, parts.watch.view, root=parts.root, writing=job is not None
         )  # fmt: skip
