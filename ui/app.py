@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import gradio as gr
@@ -35,22 +36,24 @@ def create_app(parts: Parts) -> tuple[ASGIApp, FastAPI]:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _files(app, parts)
     _downloads(app, parts)
-    gr.mount_gradio_app(
-        app,
-        _blocks(parts),
-        path="/",
-        auth_dependency=_user if parts.settings.users else None,
-        root_path=parts.root or None,
-        theme=theme(),
-        head=_head(parts.root),
-        footer_links=[],
-        run_history=False,  # it would keep every question in the browser's storage
-        max_file_size=parts.settings.max_image_bytes * UPLOAD_FACTOR,
-        show_error=True,
-        ssr_mode=False,
-        pwa=False,
-        mcp_server=False,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SSR mode is not supported")  # nor asked for
+        gr.mount_gradio_app(
+            app,
+            _blocks(parts),
+            path="/",
+            auth_dependency=_user if parts.settings.users else None,
+            root_path=parts.root or None,
+            theme=theme(),
+            head=_head(parts.root),
+            footer_links=[],
+            run_history=False,  # it would keep every question in the browser's storage
+            max_file_size=parts.settings.max_image_bytes * UPLOAD_FACTOR,
+            show_error=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+        )
     return door.Door(app, parts.settings.users, parts.root), app
 
 

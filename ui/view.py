@@ -30,6 +30,11 @@ class View:
         """Gradio copies the initial value of a state for each page."""
         return View()
 
+    @property
+    def stuck(self) -> bool:
+        """Whether an answer is shown as being written, and nobody is about to change that."""
+        return self.unfinished and not self.ended and not self._turn.locked()
+
     @asynccontextmanager
     async def writing(self) -> AsyncIterator[Callable[[], bool]]:
         """Be the page's writer; what this yields says whether one still is."""

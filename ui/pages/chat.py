@@ -203,8 +203,13 @@ class ChatPage(ChatLayout):
         view.search = text
         return await self._listed(view, owner_of(request))
 
-    async def _tick(self, view: View, model: str | None, adapter: str | None) -> Updates:
+    async def _tick(
+        self, view: View, model: str | None, adapter: str | None, request: gr.Request
+    ) -> Updates:
         """Every two seconds: whatever changed in the cluster, and nothing else."""
+        if view.stuck and self._parts.jobs.of(view.conversation) is None:
+            # The browser did not come back for the end of an answer: its connection was lost.
+            return await self._everything(view, owner_of(request), writing=False)
         watch = self._parts.watch
         cluster, alert = watch.view, banner(self._parts)
         models = cluster.bases if cluster else []
