@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 
 import pytest
+from pydantic import SecretStr
 
 from controller import callers, keys
 from controller.callers import KeyCaller, KeyRing
@@ -142,7 +143,7 @@ def test_a_new_file_forgets_nothing_of_what_was_used() -> None:
 
 
 def test_the_cluster_token_is_compared_by_its_digest() -> None:
-    secret = credentials.Secret(credentials.SecretStr("s" * 32))
+    secret = credentials.Secret(SecretStr("s" * 32))
     assert secret.matches("s" * 32)
     for wrong in ("s" * 31, "s" * 33, "", None, "é"):
         assert not secret.matches(wrong)
