@@ -16,6 +16,7 @@ import sys
 import time
 
 from controller import access, callers, keys_command
+from controller.accounts import Accounts
 from controller.aggregate import aggregate
 from controller.app import Controller, create_app
 from controller.dispatch import Dispatcher
@@ -25,9 +26,11 @@ from controller.intake import Intake
 from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.policy import POLICIES
+from controller.questions import Questions
 from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
-from transport import credentials, process
+from controller.streams import Serving
+from transport import credentials, process, tracing
 from transport.client import HttpPool
 from transport.membership import Membership
 
@@ -43,7 +46,9 @@ def main() -> None:
     process.run(lambda stop: serve(settings, stop))
 
 
-def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, HttpPool]:
+def wire(
+    settings: ControllerSettings, controller_id: str, tracer: tracing.Tracer | None = None
+) -> tuple[Controller, HttpPool]:
     """Make the parts and join them; needs a running event loop."""
     epoch = time.time_ns()
     registry = Registry(
@@ -52,11 +57,10 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         on_change=lambda: on_change(),
         on_event=_log_event,
     )
-    policy, source = POLICIES[settings.dispatch_method], random.Random()
     dispatcher = Dispatcher(
         registry,
-        policy,
-        random=source,
+        POLICIES[settings.dispatch_method],
+        random=random.Random(),
         clock=time.monotonic,
         max_waiting=settings.max_waiting,
         max_waiting_bytes=settings.max_waiting_bytes,
@@ -78,23 +82,27 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         connect_timeout_s=settings.connect_timeout_s,
         headers=[(name.encode(), value.encode()) for name, value in to_workers.items()],
     )
-    metrics = Metrics(registry, dispatcher)
-    generator = Generator(settings, dispatcher, liveness, pool, metrics, time.monotonic)
-    controller = Controller(
-        settings=settings,
-        registry=registry,
-        liveness=liveness,
-        dispatcher=dispatcher,
+    metrics = Metrics(registry, dispatcher, time.monotonic)
+    accounts = Accounts(metrics, time.monotonic, tracer)
+    serving = Serving(
+        max_body_bytes=settings.max_body_bytes,
         intake=Intake(settings.max_images, settings.max_tokens, settings.aliases),
         fetcher=ImageFetcher(
             settings.image_url_host,
             max_bytes=settings.max_image_bytes,
             max_total_bytes=settings.max_body_bytes,
         ),
-        generator=generator,
+        generator=Generator(settings, dispatcher, liveness, pool, accounts, time.monotonic),
+        accounts=accounts,
+    )
+    controller = Controller(
+        settings=settings,
+        registry=registry,
+        liveness=liveness,
+        dispatcher=dispatcher,
+        serving=serving,
         metrics=metrics,
-        policy=policy,
-        random=source,
+        questions=Questions(registry, liveness, pool),
         clock=time.monotonic,
         status=lambda: aggregate(registry, worker_id=controller_id, epoch=epoch),
     )
@@ -113,8 +121,12 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     sock = process.bind(settings.host, settings.port)
     scheme = "http" if settings.tls is None else "https"
     address = settings.own_address or process.address_of(sock, scheme=scheme)
-    controller, pool = wire(settings, f"controller-{sock.getsockname()[1]}")
-    app = access.guarded(create_app(controller), settings, ring)
+    controller_id = f"controller-{sock.getsockname()[1]}"
+    tracer = await tracing.connect(
+        settings.otlp_endpoint, service="tandem-controller", instance=controller_id
+    )
+    controller, pool = wire(settings, controller_id, tracer)
+    app = access.guarded(create_app(controller), settings, ring, controller.serving.accounts)
     server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()
     log.info("listening", extra={"address": process.bare(address)})
@@ -138,8 +150,10 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.kill()
         await controller.liveness.aclose()
-        await controller.fetcher.aclose()
+        await controller.serving.fetcher.aclose()
         pool.close()
+        if tracer is not None:
+            await tracer.aclose()
 
 
 if __name__ == "__main__":

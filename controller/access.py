@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from controller import keys
+from controller.accounts import Accounts
 from controller.callers import KeyRing
 from controller.gate import Gate
 from controller.intake import Intake
@@ -47,7 +48,9 @@ async def prepare(settings: ControllerSettings) -> KeyRing | None:
     return ring
 
 
-def guarded(app: ASGIApp, settings: ControllerSettings, ring: KeyRing | None) -> ASGIApp:
+def guarded(
+    app: ASGIApp, settings: ControllerSettings, ring: KeyRing | None, accounts: Accounts
+) -> ASGIApp:
     """``app`` behind the gate, and open to the pages of the origins that are named."""
     gate = Gate(
         app,
@@ -55,6 +58,7 @@ def guarded(app: ASGIApp, settings: ControllerSettings, ring: KeyRing | None) ->
         token=settings.cluster_token,
         origins=settings.cors_origins,
         local=settings.local,
+        accounts=accounts,
     )
     if not settings.cors_origins:
         return gate

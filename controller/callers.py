@@ -53,6 +53,10 @@ class Caller:
         """Count the tokens of a request that has ended, those of its prompt and of its answer."""
 
 
+NOBODY = Caller()
+"""Anybody: who was not asked for a key, or not let in."""
+
+
 class KeyCaller(Caller):
     """The holder of a key."""
 

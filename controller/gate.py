@@ -12,6 +12,7 @@ from enum import StrEnum
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from controller.accounts import Accounts, Asker
 from controller.callers import Caller, KeyRing
 from protocol.errors import Forbidden, NotFound, TandemError, Unauthenticated
 from transport import asgi, credentials
@@ -61,7 +62,7 @@ def classify(method: str, path: str) -> RouteClass:
     if path in _WORKER:
         return RouteClass.WORKER
     # Another method on /healthz is refused like any mistake of a client.
-    if path in _CLIENT or path.startswith("/v1/") or path == "/healthz":
+    if path in _CLIENT or path.startswith(("/v1/", "/requests/")) or path == "/healthz":
         return RouteClass.CLIENT
     return RouteClass.UNKNOWN
 
@@ -92,8 +93,10 @@ class Gate:
         token: SecretStr | None,
         origins: Collection[str],
         local: bool,
+        accounts: Accounts,
     ) -> None:
         self._app = app
+        self._accounts = accounts
         self._keys = keys
         self._token = None if token is None else credentials.Secret(token)
         self._origins = frozenset(origin.lower() for origin in origins)
@@ -101,10 +104,13 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            asgi.request_id(scope)  # minted before anything can be refused
+            request_id = asgi.request_id(scope)  # minted before anything can be refused
             try:
                 scope["state"]["caller"] = self._admit(scope)
             except TandemError as error:
+                method, path = scope["method"], scope["path"]
+                if counts(method, path) and classify(method, path) is RouteClass.CLIENT:
+                    self._accounts.refused(error, request_id, Asker.of(scope))
                 await credentials.refuse(scope, send, error)
                 return
         await self._app(scope, receive, send)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 
 import httpx
 from pydantic import ValidationError
 
+from controller import foreign
 from controller.registry import Registry, Replica
 from protocol.errors import InvalidRequest, TandemError, Unsupported, UpstreamLost
 from protocol.messages import (
@@ -23,6 +25,7 @@ from transport.client import Unreachable
 from transport.credentials import TOKEN_VARIABLE
 from transport.process import bare, check_address
 
+_LISTENS_S = 0.5  # between two looks whether a worker that registered listens; its lease ends it
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well
 
 
@@ -52,6 +55,7 @@ class Liveness:
         """
         address = _address(registration.worker_name)
         status = await self._dial(address, registration.worker_status)
+        status = foreign.described(status, registration)
         self._registry.register(address, status, check_heart_beat=registration.check_heart_beat)
         return self._lease(exist=True)
 
@@ -135,6 +139,8 @@ class Liveness:
         try:
             status = await self._status(address)
         except httpx.HTTPError as exc:
+            if claimed is not None and foreign.is_foreign(claimed):
+                return foreign.not_yet_listening(claimed)
             raise InvalidRequest(
                 f"No worker can be reached at {address}: {_reason(exc)}.", remedy=remedy
             ) from exc
@@ -160,13 +166,21 @@ class Liveness:
         except (httpx.HTTPError, ValidationError) as exc:
             self._forget(replica, _reason(exc))
             return False
+        self._learn(replica, status)
+        return True
+
+    def _learn(self, replica: Replica, status: WorkerStatus) -> None:
+        status = foreign.as_known(status, replica.status)
         if status.epoch == replica.status.epoch:
             self._registry.renew(replica.address, status, status.queue_length)
         else:
             self._registry.register(replica.address, status)
-        return True
 
     async def _watch(self, replica: Replica) -> None:
+        while not replica.ready and foreign.is_foreign(replica.status):
+            await asyncio.sleep(_LISTENS_S)
+            with suppress(httpx.HTTPError, ValidationError):
+                self._learn(replica, await self._status(replica.address))
         while True:
             try:
                 await tripwire.closed(replica.address)

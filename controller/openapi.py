@@ -45,6 +45,7 @@ def describe(app: FastAPI) -> None:
     _add(app, "/v1/chat/completions", ChatCompletionRequest, whole_or_streamed)
     _add(app, "/v1/completions", CompletionRequest, whole_or_streamed)
     _add(app, "/worker_generate_stream", GenerateRequest, (SSE_MEDIA_TYPE, NUL_MEDIA_TYPE))
+    _add(app, "/worker_generate", GenerateRequest, ("application/json",))
 
 
 def _add(app: FastAPI, path: str, body: type[BaseModel], media_types: tuple[str, ...]) -> None:

@@ -55,6 +55,13 @@ def presented(scope: Scope) -> str | None:
     return (asgi.header(scope, b"x-api-key") or b"").decode("latin-1") or None
 
 
+def presented_in_address(scope: Scope) -> str | None:
+    """The secret of a client that was given ``http://any:X@host:port``."""
+    given = (asgi.header(scope, b"authorization") or b"").decode("latin-1")
+    scheme, _, rest = given.partition(" ")
+    return _password(rest.strip()) if scheme.lower() == "basic" else None
+
+
 def _password(encoded: str) -> str | None:
     try:
         user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")

@@ -65,6 +65,15 @@ class ProcessSettings(BaseSettings):
         default="INFO", description="least severe entry that is logged"
     )
     log_json: bool = Field(default=False, description="log one JSON object a line")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry collector to send traces to, such as http://127.0.0.1:4318",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        return None if value is None else check_collector(value)
 
     @field_validator("cluster_token")
     @classmethod
@@ -217,6 +226,24 @@ def check_address(address: str, *, https: bool = False, password: bool = False) 
 def bare(address: str) -> str:
     """``address`` as it may be shown: without a user and a password."""
     return re.sub(r"//[^/@]*@", "//", address)
+
+
+def check_collector(endpoint: str) -> str:
+    """``endpoint`` as it is.
+
+    Raises:
+        ValueError: it is not an address of HTTP, or holds a password, which would be logged.
+    """
+    parts = urlsplit(endpoint)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or above 65535
+        valid = False
+    if "@" in parts.netloc:
+        raise ValueError("give a password in OTEL_EXPORTER_OTLP_HEADERS, not in the address")
+    if not valid or parts.query or parts.fragment:
+        raise ValueError(f"{endpoint!r} is not an address like http://127.0.0.1:4318")
+    return endpoint
 
 
 class _Server(uvicorn.Server):

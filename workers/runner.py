@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from protocol.errors import TandemError
-from transport import process
+from transport import process, tracing
 from transport.credentials import Guard, is_loopback
 from transport.membership import Membership
 from workers.engine import Engine
@@ -62,6 +62,10 @@ class _Worker:
     async def run(self, stop: process.StopSignal) -> int:
         """Returns the exit code of the process."""
         settings = self._settings
+        tracer = await tracing.connect(
+            settings.otlp_endpoint, service="tandem-worker", instance=self._shell.worker_id
+        )
+        self._shell.tracer = tracer
         app = Guard(create_app(self._shell), settings.cluster_token, local=settings.local)
         server = process.Server(app, self._sock, grace_s=1)
         await server.start()
@@ -76,6 +80,8 @@ class _Worker:
             await asyncio.gather(*tasks, return_exceptions=True)
             await server.kill()
             await self._engine.aclose()
+            if tracer is not None:
+                await tracer.aclose()
 
     def _announce(self) -> None:
         """Tell the controllers of a change of state at once."""

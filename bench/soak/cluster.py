@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -80,10 +81,11 @@ def leftovers(controller: str, workers: Sequence[str]) -> dict[str, int]:
 
 def outcome_counters(controller: str) -> dict[str, int]:
     """How the controller itself says its requests ended."""
-    prefix = 'tandem_requests_total{outcome="'
-    lines = _ask("GET", f"{controller}/metrics").text.splitlines()
-    pairs = (line.removeprefix(prefix).split('"} ') for line in lines if line.startswith(prefix))
-    return {outcome: int(float(count)) for outcome, count in pairs}
+    counts: dict[str, int] = {}
+    for line in _ask("GET", f"{controller}/metrics").text.splitlines():
+        if found := re.fullmatch(r'tandem_requests_total\{.*outcome="(\w+)".*\} (\S+)', line):
+            counts[found[1]] = counts.get(found[1], 0) + int(float(found[2]))
+    return counts
 
 
 @dataclass(frozen=True, slots=True)

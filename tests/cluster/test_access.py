@@ -6,6 +6,7 @@ import asyncio
 import base64
 import logging
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -235,11 +236,31 @@ async def test_the_log_line_of_a_request_names_its_key(
             401,
             "unauthenticated",
         )
-    lines = [r for r in caplog.records if r.name == "controller.generation"]
-    assert [getattr(line, "key", None) for line in lines] == ["ann"]
+    lines = [r for r in caplog.records if r.name == "controller.accounts"]
+    assert [getattr(line, "key", None) for line in lines] == ["ann", None]
+    assert [getattr(line, "outcome", None) for line in lines] == ["stop", "unauthenticated"]
     whole = "\n".join(str(record.__dict__) for record in caplog.records)
     for secret in (key, TOKEN, "tdm-wrong"):
         assert secret not in whole
+
+
+async def test_what_the_gate_refuses_is_counted(site: Site) -> None:
+    key = await site.key("ann", requests_per_minute=1, models=("other",))
+    controller = await site.controller()
+    await site.cluster.worker(controller, cluster_token=TOKEN)
+    await site.client(controller, "tdm-wrong").post(PATH, json=ASKED)
+    error(await site.client(controller, key).post(PATH, json=ASKED), 403, "forbidden")
+    error(await site.client(controller, key).post(PATH, json=ASKED), 429, "rate_limited")
+    # What is no request for an answer is none of them.
+    await site.client(controller, "tdm-wrong").get("/v1/models")
+    await site.client(controller, "tdm-wrong").post("/list_models")
+    await site.client(controller, "tdm-wrong").post("/invented")
+    found = (await site.cluster.client(controller).get("/metrics")).text
+    assert set(re.findall(r"tandem_requests_total(\{.*)", found)) == {
+        '{model="unknown",outcome="unauthenticated"} 1.0',
+        '{model="unknown",outcome="forbidden"} 1.0',
+        '{model="unknown",outcome="rate_limited"} 1.0',
+    }
 
 
 async def test_a_changed_key_file_is_noticed(site: Site, caplog: pytest.LogCaptureFixture) -> None:
@@ -472,3 +493,17 @@ async def test_ids_and_headers_are_on_every_answer(site: Site) -> None:
         secure(response)
         minted = await ann.request(method, path, json=body)
         assert len(minted.headers["x-request-id"]) == 32, path
+
+
+async def test_a_request_is_shown_to_its_sender_only(site: Site) -> None:
+    ann, bob = await site.key("ann"), await site.key("bob")
+    controller = await site.controller()
+    await site.cluster.worker(controller, cluster_token=TOKEN, delay_s=0.05)
+    client = site.client(controller, ann)
+    asked = {"model": "echo", "prompt": "a long answer " * 40, "request_id": "hers"}
+    async with client.stream("POST", PATH, json=asked, headers=SSE) as response:
+        pieces = response.aiter_raw()  # held: its end would be the client's
+        await anext(pieces)
+        for presented, status in ((ann, 200), (bob, 404), (TOKEN, 200)):
+            found = await site.client(controller, presented).get("/requests/hers")
+            assert found.status_code == status, (presented, found.text)

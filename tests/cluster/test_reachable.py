@@ -40,6 +40,7 @@ CONTROLLER = {
     "POST /worker_get_status": "worker",
     "GET /openapi.json": "client",
     "HEAD /openapi.json": "client",
+    "GET /requests/{request_id}": "client",
     "GET /v1/models": "client",
     "GET /v1/models/{name:path}": "client",
     "POST /v1/chat/completions": "client",
