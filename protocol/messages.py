@@ -97,7 +97,10 @@ class SamplingParams(Message):
     """How tokens are chosen and when the answer ends.
 
     ``temperature`` 0 is greedy; the defaults are LLaVA's. ``max_new_tokens`` counts
-    ``resume_token_ids`` too.
+    ``resume_token_ids`` too. The penalties regard the tokens of the answer, resumed ones included,
+    and not the prompt's: OpenAI's two are subtracted from a token's score, ``presence_penalty``
+    once and ``frequency_penalty`` for each time it has come; then the repetition penalty divides
+    (or, below 0, multiplies) it.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)
@@ -105,6 +108,8 @@ class SamplingParams(Message):
     top_k: int = Field(default=0, ge=0, description="0: no limit")
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     max_new_tokens: int = Field(default=256, ge=1, le=1_000_000)
     stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -112,12 +117,18 @@ class SamplingParams(Message):
     json_schema: str | None = None
     regex: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        """OpenAI's and FastChat's clients send null for what they leave to the server."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
-        """LLaVA sends one string, OpenAI a list, both send null; an empty stop means none."""
-        if value is None:
-            return ()
+        """LLaVA sends one string, OpenAI a list; an empty stop means none."""
         if isinstance(value, str):
             return (value,) if value else ()
         return value
@@ -153,11 +164,6 @@ class GenerateRequest(SamplingParams):
     kind: str | None = None
     request_id: str | None = Field(default=None, max_length=128, pattern=r"^[\x21-\x7e]+$")
     resume_token_ids: tuple[int, ...] = ()
-
-    @field_validator("images", mode="before")
-    @classmethod
-    def _null_is_none(cls, value: object) -> object:
-        return () if value is None else value
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateRequest:
