@@ -52,7 +52,7 @@ fmt: $(READY) ## write the style that check wants
 	@$(BIN)/ruff format .
 
 lock: $(READY) ## resolve requirements/*.txt anew from pyproject.toml
-	@$(COMPILE) --upgrade --extra hf --extra sglang --extra otel --extra dev -o requirements/all.txt pyproject.toml
+	@$(COMPILE) --upgrade --extra hf --extra sglang --extra otel --extra ui --extra bench --extra dev -o requirements/all.txt pyproject.toml
 	@$(COMPILE) --upgrade -c requirements/all.txt -o requirements/controller.txt pyproject.toml
 
 clean: ## remove everything made here, the environment too

@@ -16,7 +16,9 @@ import time
 from controller.aggregate import aggregate
 from controller.app import Controller, create_app
 from controller.dispatch import Dispatcher
+from controller.fetch import ImageFetcher
 from controller.generation import Generator
+from controller.intake import Intake
 from controller.liveness import Liveness
 from controller.metrics import Metrics
 from controller.policy import POLICIES
@@ -69,6 +71,12 @@ def wire(settings: ControllerSettings, controller_id: str) -> tuple[Controller, 
         registry=registry,
         liveness=liveness,
         dispatcher=dispatcher,
+        intake=Intake(settings.max_images, settings.max_tokens, settings.aliases),
+        fetcher=ImageFetcher(
+            settings.image_url_host,
+            max_bytes=settings.max_image_bytes,
+            max_total_bytes=settings.max_body_bytes,
+        ),
         generator=generator,
         metrics=metrics,
         policy=policy,
@@ -110,6 +118,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.kill()
         await controller.liveness.aclose()
+        await controller.fetcher.aclose()
         pool.close()
 
 

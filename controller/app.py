@@ -13,11 +13,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from controller import openai
+from controller import openapi
 from controller.dispatch import Demand, Dispatcher, eligible
+from controller.fetch import ImageFetcher
 from controller.generation import Generator
+from controller.intake import Intake
 from controller.liveness import Liveness
 from controller.metrics import Metrics
+from controller.openai.answers import Answer
+from controller.openai.requests import ChatCompletionRequest, CompletionRequest
 from controller.policy import Policy, Random
 from controller.registry import Registry, Replica
 from controller.settings import ControllerSettings
@@ -27,6 +31,7 @@ from protocol.errors import (
     ModelNotFound,
     NoReplicaAvailable,
     TandemError,
+    TooLarge,
 )
 from protocol.events import NUL_MEDIA_TYPE, SSE_MEDIA_TYPE, NulEncoder, SseDecoder
 from protocol.messages import (
@@ -38,6 +43,9 @@ from protocol.messages import (
     WorkerStatus,
 )
 from transport import asgi, refusals
+
+_BODIES_OF_CHOICES = 4
+"""Bodies of the largest size that the choices of one request may take together."""
 
 
 class ModelName(BaseModel):
@@ -54,6 +62,8 @@ class Controller:
     registry: Registry
     liveness: Liveness
     dispatcher: Dispatcher
+    intake: Intake
+    fetcher: ImageFetcher
     generator: Generator
     metrics: Metrics
     policy: Policy
@@ -64,16 +74,23 @@ class Controller:
 
 def create_app(controller: Controller) -> ASGIApp:
     """All routes over ``controller``."""
-    app = FastAPI(title="Tandem controller", docs_url=None, redoc_url=None)  # they load from a CDN
+    app = FastAPI(
+        title="Tandem controller",
+        docs_url=None,  # these load from a CDN
+        redoc_url=None,
+        responses=openapi.ERROR_RESPONSES,
+    )
     refusals.install(app)
     _membership_routes(app, controller)
     _model_routes(app, controller)
     _operator_routes(app, controller)
+    openapi.describe(app)
     return asgi.beside(
         app,
         {
             "/worker_generate_stream": _GenerateStream(controller),
-            "/v1/chat/completions": _ChatCompletions(controller),
+            "/v1/chat/completions": _OpenAI(controller, ChatCompletionRequest),
+            "/v1/completions": _OpenAI(controller, CompletionRequest),
         },
     )
 
@@ -107,27 +124,36 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
 
 
 def _model_routes(app: FastAPI, controller: Controller) -> None:
+    def served() -> list[str]:
+        return controller.intake.names(controller.registry.models())
+
     @app.post("/list_models")
     async def list_models() -> dict[str, list[str]]:
-        return {"models": controller.registry.models()}
+        return {"models": served()}
 
     @app.get("/v1/models")
     async def v1_models() -> dict[str, Any]:
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
-            for name in controller.registry.models()
-        ]
-        return {"object": "list", "data": models}
+        return {"object": "list", "data": [_model(name) for name in served()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def v1_model(name: str) -> dict[str, Any]:
+        if name not in served():
+            raise ModelNotFound(f"Unknown model {name!r}.", param="model")
+        return _model(name)
 
     @app.post("/get_worker_address")
     async def get_worker_address(body: ModelName) -> dict[str, str]:
         """Where a LLaVA client would send a request for this model; "" when nowhere."""
-        demand = Demand(body.model, None, None, frozenset(), 0.0, 0)
+        demand = Demand(controller.intake.resolve(body.model), None, None, frozenset(), 0.0, 0)
         try:
             replicas = eligible(controller.registry, demand)
         except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
         return {"address": controller.policy(replicas, controller.random).address}
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "tandem"}
 
 
 # ---------------------------------------------------------------- operators
@@ -220,12 +246,15 @@ class _GenerateStream:
         limit_bytes = self._controller.settings.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
-            request = asgi.parse(GenerateRequest, body)
+            asked = asgi.parse(GenerateRequest, body)
+            request = self._controller.intake.accept(asked)
         except asgi.ClientLeft:
             return
         except TandemError as error:
             await asgi.send_error(send, error, _id_header(request_id))
             return
+        if request is not asked:
+            body = _dumped(request)
         request_id = request.request_id or request_id
         frames = self._controller.generator.stream(request, body, request_id)
         sse = asgi.accepts_sse(scope)
@@ -238,11 +267,14 @@ class _GenerateStream:
         )
 
 
-class _ChatCompletions:
-    """``POST /v1/chat/completions``, streamed or whole."""
+class _OpenAI:
+    """One of OpenAI's routes, streamed or whole."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(
+        self, controller: Controller, shape: type[ChatCompletionRequest | CompletionRequest]
+    ) -> None:
         self._controller = controller
+        self._shape = shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
@@ -250,21 +282,71 @@ class _ChatCompletions:
         limit_bytes = self._controller.settings.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
-            asked = asgi.parse(openai.ChatCompletionRequest, body)
-            request = asgi.validate(GenerateRequest, asked.as_fields())
+            asked = asgi.parse(self._shape, body)
+            requests = self._requests(asked, len(body))
+            named_by_address = self._controller.fetcher.check(requests[0].images)
         except asgi.ClientLeft:
             return
         except TandemError as error:
             await asgi.send_error(send, error, headers)
             return
-        worker_body = request.model_dump_json(exclude_none=True).encode()
-        frames = self._controller.generator.stream(request, worker_body, request_id)
-        completion = openai.Completion(asked, request_id)
-        if asked.stream:
-            chunks, media_type = completion.chunks(frames), SSE_MEDIA_TYPE
-        else:
-            chunks, media_type = completion.whole(frames), "application/json"
-        await asgi.respond(receive, send, chunks, media_type=media_type, headers=headers)
+        answered = self._fetched if named_by_address else self._answered
+        await asgi.respond(
+            receive,
+            send,
+            answered(asked, requests, request_id),
+            media_type=SSE_MEDIA_TYPE if asked.stream else "application/json",
+            headers=headers,
+        )
+
+    def _requests(
+        self, asked: ChatCompletionRequest | CompletionRequest, body_bytes: int
+    ) -> list[GenerateRequest]:
+        """One of our requests for each answer; raises ``RequestError``."""
+        settings, intake = self._controller.settings, self._controller.intake
+        requests = [
+            intake.accept(asgi.validate(GenerateRequest, fields))
+            for fields in asked.as_fields(settings.max_tokens)
+        ]
+        if body_bytes * len(requests) > _BODIES_OF_CHOICES * settings.max_body_bytes:
+            raise TooLarge(
+                f"n: {len(requests)} answers to a body of {body_bytes} bytes are too many.",
+                remedy="Ask for fewer at once.",
+                param="n",
+            )
+        return requests
+
+    def _answered(
+        self,
+        asked: ChatCompletionRequest | CompletionRequest,
+        requests: list[GenerateRequest],
+        request_id: str,
+    ) -> AsyncGenerator[bytes]:
+        streams = [
+            self._controller.generator.stream(
+                request, _dumped(request), f"{request_id}-{index}" if index else request_id
+            )
+            for index, request in enumerate(requests)
+        ]
+        answer = Answer(asked, request_id)
+        return answer.chunks(streams) if asked.stream else answer.whole(streams)
+
+    async def _fetched(
+        self,
+        asked: ChatCompletionRequest | CompletionRequest,
+        requests: list[GenerateRequest],
+        request_id: str,
+    ) -> AsyncGenerator[bytes]:
+        """As ``_answered``, after the images that are named by address have been fetched."""
+        images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
+        whole = [request.model_copy(update=images) for request in requests]
+        async with aclosing(self._answered(asked, whole, request_id)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
+def _dumped(request: GenerateRequest) -> bytes:
+    return request.model_dump_json(exclude_none=True).encode()
 
 
 async def _cumulative(frames: AsyncGenerator[bytes], prompt: str) -> AsyncGenerator[bytes]:

@@ -13,6 +13,8 @@ from protocol.messages import GenerateRequest
 
 CHARS_PER_TOKEN = 4  # the controller has no tokenizer; English averages about four
 
+TYPICAL_ANSWER_TOKENS = 1024  # a limit far above says little of how long an answer will be
+
 _MIN_SPEED = 1e-3  # tokens/s; a worker that measured nothing must not divide by zero
 
 
@@ -28,13 +30,14 @@ Policy = Callable[[Sequence[Replica], Random], Replica]
 
 
 def work_of(request: GenerateRequest) -> float:
-    """How much a request asks for, in tokens: prompt, images and answer at their most.
+    """How much a request asks for, in tokens: prompt, images, and the answer within reason.
 
     Images count as 576 tokens each, LLaVA-1.5's figure, as replicas of one model agree on it and
     only ratios matter.
     """
     prompt_tokens = request.prompt_chars / CHARS_PER_TOKEN + 576 * len(request.images)
-    return prompt_tokens + request.max_new_tokens - len(request.resume_token_ids)
+    answer_tokens = max(0, request.max_new_tokens - len(request.resume_token_ids))
+    return prompt_tokens + min(answer_tokens, TYPICAL_ANSWER_TOKENS)
 
 
 def lottery(replicas: Sequence[Replica], random: Random) -> Replica:

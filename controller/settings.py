@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -30,6 +31,23 @@ class ControllerSettings(ProcessSettings):
     )
     max_wait_s: float = Field(default=120.0, gt=0, description="longest wait for a slot")
     max_body_bytes: int = Field(default=32 << 20, ge=1024, description="largest request body")
+    max_images: int = Field(default=16, ge=0, description="images in one request")
+    max_tokens: int = Field(
+        default=131_072,
+        ge=1,
+        description="longest answer in tokens; also the limit of who names none on OpenAI's routes",
+    )
+    image_url_host: tuple[str, ...] = Field(
+        default=(),
+        description="host whose images OpenAI's clients may name by address (*.example.org: any "
+        "below it, *: any public one); may repeat; none are fetched when not given",
+    )
+    max_image_bytes: int = Field(
+        default=10 << 20, ge=1, description="largest image that is fetched from an address"
+    )
+    alias: tuple[str, ...] = Field(
+        default=(), description="name=model, a further name of a model; may repeat"
+    )
     connect_timeout_s: float = Field(default=2.0, gt=0, description="limit to reach a worker")
     first_event_timeout_s: float = Field(
         default=300.0, gt=0, description="limit to a worker's first token"
@@ -47,7 +65,7 @@ class ControllerSettings(ProcessSettings):
         default=None, description="address --register-at reaches this at, if not host:port"
     )
 
-    @field_validator("register_at", mode="before")
+    @field_validator("register_at", "alias", "image_url_host", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
@@ -61,3 +79,29 @@ class ControllerSettings(ProcessSettings):
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return None if value is None else check_address(value)
+
+    @field_validator("alias")
+    @classmethod
+    def _named_models(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        pairs = [item.partition("=") for item in value]
+        if any(not name or not model for name, _, model in pairs):
+            raise ValueError("give each alias as name=model")
+        names = [name for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError("one alias is given twice")
+        if any(model in names for _, _, model in pairs):
+            raise ValueError("an alias stands for a model, not for another alias")
+        return value
+
+    @field_validator("image_url_host")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9.-]+|\[?[0-9A-Fa-f:.]+\]?", host):
+                raise ValueError(f"{host!r} is no host; give example.org, *.example.org or *")
+        return tuple(host.lower().strip("[]") for host in value)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The model by each ``--alias``."""
+        return {name: model for name, _, model in (item.partition("=") for item in self.alias)}

@@ -43,6 +43,7 @@ class TandemError(Exception):
     status: ClassVar[int] = 500
     retry_elsewhere: ClassVar[bool] = False
     family: ClassVar[str] = "serving_error"
+    default_param: ClassVar[str | None] = None
     default_remedy: ClassVar[str] = "Look into the log of the process that answered."
 
     def __init__(
@@ -55,7 +56,7 @@ class TandemError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param  # the field of the request that is at fault, in OpenAI's word
+        self.param = param or self.default_param  # OpenAI's word for the field at fault
         self.remedy = remedy if remedy is not None else self.default_remedy
         self.retry_after_s = retry_after_s
 
@@ -114,12 +115,14 @@ class BadImage(RequestError):
 class ModelNotFound(RequestError):
     code = "model_not_found"
     status = 404
+    default_param = "model"
     default_remedy = "GET /v1/models lists the models that are served."
 
 
 class AdapterNotFound(RequestError):
     code = "adapter_not_found"
     status = 404
+    default_param = "adapter"
     default_remedy = "GET /cluster lists the adapters each worker has loaded."
 
 

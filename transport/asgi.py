@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from difflib import get_close_matches
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -21,6 +22,8 @@ from protocol.errors import InvalidRequest, TandemError
 from protocol.events import SSE_MEDIA_TYPE
 
 REQUEST_ID_HEADER = b"x-request-id"
+
+_NO_SUCH_FIELD = "there is no such field here"
 
 M = TypeVar("M", bound=BaseModel)
 Headers = Iterable[tuple[bytes, bytes]]
@@ -102,7 +105,7 @@ def parse(model: type[M], body: bytes) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False, include_input=False)) from exc
+        raise _invalid(model, exc) from exc
 
 
 def validate(model: type[M], fields: Mapping[str, Any]) -> M:
@@ -110,17 +113,35 @@ def validate(model: type[M], fields: Mapping[str, Any]) -> M:
     try:
         return model.model_validate(fields)
     except ValidationError as exc:
-        raise invalid_request(exc.errors(include_url=False, include_input=False)) from exc
+        raise _invalid(model, exc) from exc
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
-    """Pydantic's findings as one sentence; at most three of them, without the client's values."""
+def _invalid(model: type[BaseModel], exc: ValidationError) -> InvalidRequest:
+    return invalid_request(exc.errors(include_url=False, include_input=False), model.model_fields)
+
+
+def invalid_request(
+    errors: Sequence[Mapping[str, Any]], known: Iterable[str] = ()
+) -> InvalidRequest:
+    """Pydantic's findings as one sentence; at most three of them, without the client's values.
+
+    ``known`` are the fields that one misspelt may have meant.
+    """
+    places = [
+        ".".join(str(part) for part in error["loc"] if part not in ("body", "json"))
+        for error in errors
+    ]
     sentences = []
-    for error in errors[:3]:
-        place = ".".join(str(part) for part in error["loc"] if part not in ("body", "json"))
+    for place, error in list(zip(places, errors, strict=True))[:3]:
         text = str(error["msg"]).removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            (near, *_) = [*get_close_matches(place, list(known), 1), ""]
+            text = f"there is no such field here; is {near} meant?" if near else _NO_SUCH_FIELD
         sentences.append(f"{place}: {text}" if place else text)
-    return InvalidRequest("; ".join(sentences) + ".")
+    message = "; ".join(sentences)
+    return InvalidRequest(
+        message if message.endswith("?") else message + ".", param=places[0] or None
+    )
 
 
 async def send_json(send: Send, status: int, body: object, headers: Headers = ()) -> None:

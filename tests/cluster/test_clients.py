@@ -1,4 +1,4 @@
-"""LLaVA's and OpenAI's clients, and LLaVA's workers, at one controller."""
+"""LLaVA's clients and workers, many clients at once, and what is told of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import orjson
-import pytest
 
 from protocol.events import Delta, Failed, Finished
 from tests.cluster.conftest import PATH, Cluster, ask, chunk, text
@@ -82,86 +81,6 @@ async def test_a_llava_worker_that_dies_inside_a_frame(cluster: Cluster) -> None
     await cluster.faulty(controller, frames, **LLAVA)
     events = await ask(cluster.client(controller), prompt="Hi ")
     assert [type(event) for event in events] == [Delta, Failed]
-
-
-async def test_openai_whole_and_streamed(cluster: Cluster) -> None:
-    controller = await cluster.controller()
-    await cluster.worker(controller)
-    client = cluster.client(controller)
-    assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == ["echo"]
-    asked = {"model": "echo", "messages": [{"role": "user", "content": "naïve ☃"}]}
-    whole = (await client.post("/v1/chat/completions", json=asked)).json()
-    assert whole["object"] == "chat.completion"
-    assert whole["choices"][0]["message"] == {"role": "assistant", "content": "naïve ☃"}
-    assert whole["choices"][0]["finish_reason"] == "stop"
-    assert whole["usage"]["total_tokens"] == sum(
-        whole["usage"][name] for name in ("prompt_tokens", "completion_tokens")
-    )
-    response = await client.post(
-        "/v1/chat/completions",
-        json=asked | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 4},
-    )
-    assert response.headers["content-type"].startswith("text/event-stream")
-    lines = [line.removeprefix("data: ") for line in response.text.strip().split("\n\n")]
-    assert lines[-1] == "[DONE]"
-    chunks = [orjson.loads(line) for line in lines[:-1]]
-    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    deltas = [c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"]]
-    assert "".join(deltas) == "naï"
-    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
-    assert chunks[-1]["usage"]["completion_tokens"] == 4
-
-
-async def test_openai_with_a_picture(cluster: Cluster) -> None:
-    controller = await cluster.controller()
-    await cluster.worker(controller)
-    url = f"data:image/png;base64,{encoded(picture())}"
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "What is it?"},
-    ]
-    asked = {"model": "echo", "messages": [{"role": "user", "content": content}]}
-    answer = (await cluster.client(controller).post("/v1/chat/completions", json=asked)).json()
-    assert "choices" in answer, answer
-    assert answer["choices"][0]["message"]["content"] == "What is it?"
-
-
-@pytest.mark.parametrize(
-    ("change", "status", "words"),
-    [
-        ({"max_token": 5}, 422, "max_token: Extra inputs are not permitted"),
-        ({"model": "gpt-5"}, 404, "Unknown model 'gpt-5'"),
-        ({"n": 3}, 422, "n: Input should be 1"),
-        ({"messages": []}, 422, "messages"),
-        ({"temperature": -1}, 422, "temperature"),
-        ({"kind": "sglang"}, 503, "No sglang worker serves this model; there is only echo"),
-        ({"adapter": "formal"}, 404, "No worker has the adapter 'formal' loaded"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}
-                        ],
-                    }
-                ]
-            },
-            422,
-            "data URIs only",
-        ),
-    ],
-    ids=str,
-)
-async def test_openai_refusals(
-    cluster: Cluster, change: dict[str, object], status: int, words: str
-) -> None:
-    controller = await cluster.controller()
-    await cluster.worker(controller)
-    asked = {"model": "echo", "messages": [{"role": "user", "content": "a"}]} | change
-    response = await cluster.client(controller).post("/v1/chat/completions", json=asked)
-    assert response.status_code == status
-    assert words in response.json()["error"]["message"]
 
 
 async def test_request_ids_are_adopted_or_minted(cluster: Cluster) -> None:

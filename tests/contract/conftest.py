@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.processes import ROOT, Process, running
@@ -23,6 +24,7 @@ FLAGS = {
     "hf in threads": (*EXACT, "--batching", "off"),
     "sglang": EXACT,
 }
+REAL_KINDS = ("hf", "sglang")
 START_TIMEOUT_S = 240  # SGLang imports for half a minute, longer on a busy machine
 
 
@@ -55,6 +57,19 @@ class Workers:
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     with ExitStack() as stack:
         yield Workers(tmp_path_factory.mktemp("workers"), stack)
+
+
+@pytest.fixture(scope="session")
+def controller(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A controller in front of one worker of each kind."""
+    log = tmp_path_factory.mktemp("controller")
+    with running(log, "controller", "--port", "0") as process:
+        address = process.wait_ready()
+        for kind in REAL_KINDS:
+            # They beat at no controller, so this one is told not to wait for it.
+            registration = {"worker_name": workers[kind].address, "check_heart_beat": False}
+            httpx.post(f"{address}/register_worker", json=registration).raise_for_status()
+        yield address
 
 
 @pytest.fixture(params=list(FLAGS))

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
-from tests.contract.conftest import START_TIMEOUT_S, Workers
+from tests.contract.conftest import REAL_KINDS, START_TIMEOUT_S
 from tests.pictures import Puzzle, puzzles
-from tests.processes import running
 from tests.streams import Answer, ask
 
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 120)
 
-KINDS = ("hf", "sglang")
 PUZZLES = 100
-
-
-@pytest.fixture(scope="module")
-def controller(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A controller in front of one worker of each kind."""
-    log = tmp_path_factory.mktemp("controller")
-    with running(log, "controller", "--port", "0") as process:
-        address = process.wait_ready()
-        for kind in KINDS:
-            # They beat at no controller, so this one is told not to wait for it.
-            registration = {"worker_name": workers[kind].address, "check_heart_beat": False}
-            httpx.post(f"{address}/register_worker", json=registration).raise_for_status()
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +28,7 @@ def answers(controller: str) -> dict[str, list[tuple[Puzzle, Answer]]]:
         with ThreadPoolExecutor(4) as pool:
             return list(zip(asked, pool.map(one, asked), strict=True))
 
-    return {kind: solve(kind) for kind in KINDS}
+    return {kind: solve(kind) for kind in REAL_KINDS}
 
 
 def test_both_kinds_say_the_same(answers: dict[str, list[tuple[Puzzle, Answer]]]) -> None:
@@ -55,7 +38,7 @@ def test_both_kinds_say_the_same(answers: dict[str, list[tuple[Puzzle, Answer]]]
         assert hf.finished.reason == sglang.finished.reason == "stop", (puzzle.section, hf.text)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", REAL_KINDS)
 def test_what_they_say_is_true(answers: dict[str, list[tuple[Puzzle, Answer]]], kind: str) -> None:
     wrong = [
         (puzzle.section, puzzle.answer, answer.text)

@@ -7,39 +7,17 @@ opposite order, so that each prompt shares its batch with others in either kind.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import httpx
 import pytest
 
 from bench.prompts import Prompt, prompts
-from tests.contract.conftest import START_TIMEOUT_S, Workers
-from tests.contract.test_worker import status
-from tests.processes import running
+from tests.contract.conftest import START_TIMEOUT_S
 from tests.streams import Answer, ask
 
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 240)
 
-KINDS = ("hf", "sglang")
 AT_ONCE = 8
-
-
-@pytest.fixture
-def controller(workers: Workers, tmp_path: Path) -> Iterator[str]:
-    """One that both kinds are registered at."""
-    found = [workers[kind] for kind in KINDS]
-    with running(tmp_path, "controller", "--port", "0") as process:
-        address = process.wait_ready()
-        for worker in found:
-            registration = {
-                "worker_name": worker.address,
-                "check_heart_beat": False,
-                "worker_status": status(worker).model_dump(mode="json"),
-            }
-            httpx.post(f"{address}/register_worker", json=registration).raise_for_status()
-        yield address
 
 
 def test_both_kinds_give_the_same_tokens(controller: str) -> None:

@@ -1,0 +1,1 @@
+"""OpenAI's wire: its requests as ours, our events as its answers."""
