@@ -332,6 +332,12 @@ def test_a_stop_string_across_the_seam_is_found(worker: Worker) -> None:
     assert rest.finished.completion_tokens == straight.finished.completion_tokens
 
 
+@pytest.mark.parametrize("token_id", [-1, 2**20, 2**70])
+def test_what_no_model_can_have_said_is_not_resumed(worker: Worker, token_id: int) -> None:
+    fields = GREEDY | {"prompt": "a", "resume_token_ids": [token_id]}
+    assert refusal(worker.address, **fields)[1]["code"] == "invalid_request"
+
+
 PENALTIES: list[dict[str, float]] = [
     {"repetition_penalty": 2.0},
     {"presence_penalty": 2.0},
@@ -384,6 +390,28 @@ def test_a_penalty_changes_a_repetitive_answer(worker: Worker, penalties: dict[s
     plain = ask(worker.address, **UNDECIDED)
     assert plain.text == "red " * 12
     assert ask(worker.address, **UNDECIDED, **penalties).text != plain.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2**30 - 1},
+        {"repetition_penalty": 0.001, "presence_penalty": 2, "frequency_penalty": -2},
+        {"min_p": 5e-324, "top_p": 5e-324, "temperature": 100},
+        {"temperature": 5e-324},
+    ],
+    ids=str,
+)
+def test_no_number_that_is_taken_breaks_anything(worker: Worker, fields: dict[str, float]) -> None:
+    asked = GREEDY | {"temperature": 1, "prompt": "hello", "max_new_tokens": 4} | fields
+    assert isinstance(ask(worker.address, **asked).events[-1], Finished)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 2**30}, {"top_k": 2**70}, {"repetition_penalty": 1e-40}], ids=str
+)
+def test_numbers_that_would_overflow_are_refused(worker: Worker, fields: dict[str, float]) -> None:
+    assert refusal(worker.address, **GREEDY | fields, prompt="a")[1]["code"] == "invalid_request"
 
 
 # ---------------------------------------------------------------- pictures

@@ -66,6 +66,8 @@ def test_llavas_status_and_registration_are_valid() -> None:
         {"prompt": "a", "temperature": -1},
         {"prompt": "a", "temperature": float("nan")},
         {"prompt": "a", "top_p": 1.5},
+        {"prompt": "a", "top_k": 2**30},
+        {"prompt": "a", "repetition_penalty": 5e-324},
         {"prompt": "a", "presence_penalty": 2.1},
         {"prompt": "a", "frequency_penalty": -2.1},
         {"prompt": "a", "max_new_tokens": 0},
