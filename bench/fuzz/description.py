@@ -25,6 +25,12 @@ from bench.soak.cluster import leftovers, wait_ready
 CASE_TIMEOUT_S = 60.0
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 BATCH = 100  # cases of one operation in a row, so that all see what the others leave behind
+_PARTS = ("method", "url", "headers", "params", "cookies", "data", "json")
+_HEADERS = ("Content-Type", "Accept")
+_BARE = str.maketrans("", "", "{}")
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+"""HEAD has no body to look at."""
+UNKNOWN = ("/", "/v1", "/v1/", "/v1/nothing", "/%00", "//", "/workers//drain", "/cluster/", "/é")
 
 
 class _Enough(Exception):
@@ -62,6 +68,25 @@ class _Run:
                             self._some(operation, mode, number, batch, (progress, task))
                 self._good()
                 operations = [one for one in operations if one.label not in self.left_out]
+
+    def other_methods(self) -> None:
+        """What no description allows: other methods, and paths that are not there."""
+        described = {(one.path.translate(_BARE), one.method.upper()) for one in self.operations()}
+        paths = sorted({path for path, _ in described})
+        for path in (*paths, *UNKNOWN):
+            for method in METHODS:
+                if (path, method) in described:
+                    continue
+                url = self._controller.address + path
+                answer = self._session.request(method, url, timeout=CASE_TIMEOUT_S)
+                route = f"{method} {path}"
+                try:
+                    code = outcome(path, answer.status_code, "application/json", answer.content)
+                except Fault as fault:
+                    code = "fault"
+                    curl = self.findings.curl(method, url, b"", {})
+                    self.findings.fault("other methods and paths", route, str(fault), curl)
+                self.findings.count("other methods and paths", code)
 
     def _some(
         self,
@@ -105,16 +130,25 @@ class _Run:
         route = f"{case.method.upper()} {case.operation.path}"
         try:
             code = self._answered(case)
+            if code == "engine_failed":
+                raise Fault("engine_failed: nothing here may break")
         except Fault as fault:
             code = "fault"
-            curl = case.as_curl_command(base_url=self._controller.address)
-            self.findings.fault(route, f"{mode.value} data", str(fault), curl)
+            self.findings.fault(route, f"{mode.value} data", str(fault), self._again(case))
         except KeyboardInterrupt as exc:
             raise _Enough from exc
         finally:
             if case.operation.path.endswith("/drain"):
                 self._resume()
         self.findings.count(route, code)
+
+    def _again(self, case: Any) -> str:
+        kwargs = case.as_transport_kwargs(base_url=self._controller.address)
+        sent = requests.Request(**{k: v for k, v in kwargs.items() if k in _PARTS}).prepare()
+        body = sent.body.encode() if isinstance(sent.body, str) else sent.body
+        headers = {name: str(sent.headers[name]) for name in _HEADERS if name in sent.headers}
+        given = body if isinstance(body, bytes) else b""
+        return self.findings.curl(sent.method or "", sent.url or "", given, headers)
 
     def _aim(self, case: Any) -> None:
         """Have half of the requests reach the worker, which a random name would not."""
@@ -184,7 +218,7 @@ def _uri(image: str) -> str:
     return f"data:image/png;base64,{image}"
 
 
-def run(harness: Harness, keep: Keep, *, cases: int, seed: int) -> None:
+def run(harness: Harness, keep: Keep, *, kind: str, cases: int, seed: int) -> None:
     """Send ``cases``, print, and keep the line of results.
 
     Raises:
@@ -192,7 +226,7 @@ def run(harness: Harness, keep: Keep, *, cases: int, seed: int) -> None:
     """
     with (
         harness.process("controller") as controller,
-        harness.worker(kind="echo", controller=controller.address) as worker,
+        harness.worker(kind=kind, controller=controller.address) as worker,
     ):
         wait_ready(controller.address, 1)
         status = worker.status()
@@ -200,16 +234,18 @@ def run(harness: Harness, keep: Keep, *, cases: int, seed: int) -> None:
         interrupted = False
         begun_s = time.monotonic()
         try:
+            one.other_methods()
             one.go(cases, seed)
         except KeyboardInterrupt:
             interrupted = True
         wall_s = time.monotonic() - begun_s
         ended = one.at_the_end()
     findings = one.findings
-    findings.show(harness.console, f"{findings.cases} requests from /openapi.json")
+    findings.show(harness.console, f"{findings.cases} requests from /openapi.json, {kind}")
     for label, why in one.left_out.items():
         harness.console.print(f"not made: {label}: {why}", style="yellow", markup=False)
     figures = {
+        "worker": kind,
         "cases": findings.cases,
         "seed": seed,
         "wall_s": wall_s,

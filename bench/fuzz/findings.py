@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-_KEPT = 20
+_KEPT = 3
+"""Requests that are kept of each fault of a route."""
 
 
 @dataclass(slots=True)
@@ -33,12 +35,11 @@ class Findings:
         self.outcomes.setdefault(route, Counter())[outcome] += 1
 
     def fault(self, route: str, case: str, what: str, reproduce: str = "") -> None:
-        """Note a fault of ``case`` on ``route``; the first ones are kept."""
+        """Note a fault of ``case`` on ``route``; the first ones of each are kept."""
         self.faults += 1
-        if len(self.kept) < _KEPT:
-            self.kept.append(
-                {"route": route, "case": case[:300], "fault": what[:500], "reproduce": reproduce}
-            )
+        found = {"route": route, "fault": what[:500]}
+        if sum(found.items() <= kept.items() for kept in self.kept) < _KEPT:
+            self.kept.append(found | {"case": case[:300], "reproduce": reproduce})
 
     def saved(self, body: bytes) -> Path:
         """A file that outlives this run, with the body of a request."""
@@ -48,14 +49,11 @@ class Findings:
         path.write_bytes(body)
         return path
 
-    def curl(self, route: str, body: bytes, accept: str) -> str:
-        """The command that sends a request again; what is in the body is put into a file."""
-        if len(self.kept) >= _KEPT:
-            return ""
-        return (
-            f"curl -sN http://127.0.0.1:21001{route} -H 'content-type: application/json' "
-            f"-H {shlex.quote('accept: ' + accept)} --data-binary @{self.saved(body)}"
-        )
+    def curl(self, method: str, url: str, body: bytes, headers: Mapping[str, str]) -> str:
+        """The command that sends a request again; its body is put into a file."""
+        given = "".join(f" -H {shlex.quote(f'{name}: {text}')}" for name, text in headers.items())
+        data = f" --data-binary @{self.saved(body)}" if body else ""
+        return f"curl -sN -X {method} {shlex.quote(url)}{given}{data}"
 
     def show(self, console: Console, title: str) -> None:
         """For people."""

@@ -74,41 +74,42 @@ class _Run:
         self._seed = seed
         self._model = model
         self._born = (worker.process.pid, worker.status().epoch)
-        self.rss_bytes = {"controller": [0], "worker": [0]}
+        self._rss_bytes = {"controller": [0], "worker": [0]}
+        self._idle_mb: list[float] = []  # of the worker, after each good picture
 
     async def go(self, cases: int, concurrency: int) -> None:
-        limits = httpx.Limits(max_connections=concurrency + 1)
         with bar() as progress:
             task = progress.add_task("images", total=cases, note="")
-            async with httpx.AsyncClient(
-                base_url=self._controller.address,
-                timeout=CASE_TIMEOUT_S,
-                limits=limits,
-                trust_env=False,
-            ) as client:
-                watching = asyncio.create_task(self._watch())
-                try:
-                    for start in range(0, cases, CHECK_EVERY):
-                        numbers = iter(range(start, min(cases, start + CHECK_EVERY)))
 
-                        async def some(numbers: Iterator[int] = numbers) -> None:
-                            for number in numbers:
-                                await self._case(client, number)
-                                note = f"{self.findings.faults} faults"
-                                progress.update(task, advance=1, note=note)
+            async def some(numbers: Iterator[int]) -> None:
+                async with self._client() as client:
+                    for number in numbers:
+                        await self._case(client, number)
+                        note = f"{self.findings.faults} faults"
+                        progress.update(task, advance=1, note=note)
 
-                        async with asyncio.TaskGroup() as group:
-                            for _ in range(concurrency):
-                                group.create_task(some())
+            watching = asyncio.create_task(self._watch())
+            try:
+                for start in range(0, cases, CHECK_EVERY):
+                    numbers = iter(range(start, min(cases, start + CHECK_EVERY)))
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(concurrency):
+                            group.create_task(some(numbers))
+                    async with self._client() as client:
                         await self._good(client)
-                finally:
-                    watching.cancel()
+            finally:
+                watching.cancel()
+
+    def _client(self) -> httpx.AsyncClient:
+        """One for each task: httpx's pool sometimes closes a connection that another one uses."""
+        address = self._controller.address
+        return httpx.AsyncClient(base_url=address, timeout=CASE_TIMEOUT_S, trust_env=False)
 
     async def _watch(self) -> None:
         while True:
             for name, process in (("controller", self._controller), ("worker", self._worker)):
                 with suppress(psutil.NoSuchProcess):
-                    self.rss_bytes[name].append(process.process.memory_info().rss)
+                    self._rss_bytes[name].append(process.process.memory_info().rss)
             await asyncio.sleep(0.2)
 
     async def _case(self, client: httpx.AsyncClient, number: int) -> None:
@@ -120,7 +121,9 @@ class _Run:
                 raise Fault(f"a picture is answered with {code}")
         except Fault as fault:
             code = "fault"
-            curl = self.findings.curl(request.route, request.body, request.accept)
+            url = self._controller.address + request.route
+            headers = {"content-type": "application/json", "accept": request.accept}
+            curl = self.findings.curl("POST", url, request.body, headers)
             self.findings.fault(request.route, f"case {number}: {request.what}", str(fault), curl)
         self.findings.count(request.route, code)
 
@@ -148,6 +151,7 @@ class _Run:
             response = await client.post(f"{self._worker.address}/worker_get_status")
             if (self._worker.process.pid, response.json()["epoch"]) != self._born:
                 raise Fault("the worker is another process")
+            self._idle_mb.append(round(self._worker.process.memory_info().rss / 1e6, 1))
         except (Fault, httpx.HTTPError) as exc:
             self.findings.fault(route, "a good picture", str(exc))
 
@@ -162,13 +166,13 @@ class _Run:
         if any(left.values()):
             self.findings.fault(GENERATE, "the end", f"left behind: {left}")
         memory = {}
-        for name, values in self.rss_bytes.items():
+        for name, values in self._rss_bytes.items():
             start, peak, end = (value / 1e6 for value in (values[1], max(values), values[-1]))
             memory[name] = {"start_mb": start, "peak_mb": peak, "end_mb": end}
             if peak - start > allowed_mb:
                 grown = f"{name} grew by {peak - start:.0f} MB, {allowed_mb} are allowed"
                 self.findings.fault(GENERATE, "the end", grown)
-        return {"left_behind": left, "memory": memory}
+        return {"left_behind": left, "memory": memory, "worker_idle_mb": self._idle_mb}
 
     def _left(self) -> dict[str, int]:
         return leftovers(self._controller.address, [self._worker.address])

@@ -24,7 +24,7 @@ ENCODERS = {
     "1": ("PNG", "BMP"),
     "I;16": ("PNG", "TIFF"),
     "CMYK": ("JPEG", "TIFF"),
-    "I": ("PNG", "TIFF"),
+    "I": ("TIFF",),
     "F": ("TIFF",),
     "YCbCr": ("JPEG", "TIFF"),
 }
