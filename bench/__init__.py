@@ -5,6 +5,7 @@ python bench/frontdoor/run.py --rounds 5                 beside other front door
 python bench/frontdoor/run.py --failures --fds tandem_openai
 python bench/restart.py                                  a killed controller, whole again
 python bench/cancel.py --kind hf                         a client leaves, the engine stops
+python -m bench.tracing                                  what traces cost, on and off
 python -m bench.hf                                       the Hugging Face worker's batch, memory
 python -m bench.sglang                                   the SGLang worker's cost, gain, equality
 python -m bench.random_weights DIR                       a checkpoint to measure without a download

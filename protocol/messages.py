@@ -125,6 +125,12 @@ class SamplingParams(Message):
             return {name: value for name, value in data.items() if value is not None}
         return data
 
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _no_limit(cls, value: object) -> object:
+        """FastChat's word for it is -1."""
+        return 0 if value == -1 else value
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
@@ -153,7 +159,7 @@ class GenerateRequest(SamplingParams):
     ``images`` are base64 or ``data:`` URIs, in the order of their placeholders. ``kind`` asks for
     replicas of one worker kind; ``adapter`` may also be a part of ``model``, as ``base:adapter``.
     ``resume_token_ids`` are tokens already generated elsewhere: the worker goes on after them as
-    if it had made them itself (law L8).
+    if it had made them itself (law L8). ``echo`` is FastChat's field; LLaVA has none and echoes.
     """
 
     model: str = Field(min_length=1, max_length=512)
@@ -164,6 +170,7 @@ class GenerateRequest(SamplingParams):
     kind: str | None = None
     request_id: str | None = Field(default=None, max_length=128, pattern=r"^[\x21-\x7e]+$")
     resume_token_ids: tuple[int, ...] = ()
+    echo: bool = Field(default=True, description="NUL-delimited frames begin with the prompt")
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateRequest:
@@ -210,6 +217,8 @@ class GenerateRequest(SamplingParams):
             "logprobs": self.logprobs is not None,
             "seed": self.seed is not None,
             "resume": bool(self.resume_token_ids),
+            "sampling": self.top_k > 0 or self.repetition_penalty != 1.0,
+            "min_p": self.min_p > 0,
         }
         return frozenset(name for name, needed in wanted.items() if needed)
 
@@ -224,7 +233,10 @@ class WorkerState(StrEnum):
 
 
 class Capabilities(Message):
-    """What a replica can do beyond a ready prompt in, text out."""
+    """What a replica can do beyond a ready prompt in, text out.
+
+    The last two are what the workers of others lack.
+    """
 
     chat: bool = False  # knows its chat template, so takes messages
     images: bool = False
@@ -233,10 +245,18 @@ class Capabilities(Message):
     logprobs: bool = False
     seed: bool = False
     resume: bool = False
+    sampling: bool = True  # beyond temperature and top_p
+    min_p: bool = True
 
     def missing(self, needs: frozenset[str]) -> list[str]:
         """Those of ``needs`` this replica lacks, sorted."""
         return sorted(name for name in needs if not getattr(self, name, False))
+
+
+LLAVA = Capabilities(images=True, sampling=False, min_p=False)
+"""What LLaVA's worker can do, which does not say so."""
+FASTCHAT = Capabilities(min_p=False)
+"""What FastChat's can, which sees pictures if it registers as ``multimodal``."""
 
 
 class CacheStatus(Message):
@@ -268,7 +288,7 @@ class WorkerStatus(Message):
     waiting: int = Field(default=0, ge=0)
     context_length: int | None = None
     image_tokens: int = Field(default=576, ge=0, description="tokens per image, for estimates")
-    capabilities: Capabilities = Capabilities(images=True)
+    capabilities: Capabilities = LLAVA
     precision: str | None = None
     weight_bytes: int | None = Field(default=None, description="that the weights take")
     unquantized_bytes: int | None = Field(
@@ -317,6 +337,9 @@ class Registration(Message):
     worker_name: str
     check_heart_beat: bool = True
     worker_status: WorkerStatus | None = None
+    multimodal: bool | None = Field(
+        default=None, description="whether FastChat's worker sees pictures; no one else says so"
+    )
     protocol_version: int = 0
 
 

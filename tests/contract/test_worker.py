@@ -511,7 +511,7 @@ def test_health_says_when_the_engine_last_made_a_token(worker: Worker) -> None:
 def test_every_worker_has_metrics(worker: Worker) -> None:
     count(worker)
     text = httpx.get(f"{worker.address}/metrics").text
-    assert "tandem_worker_generated_tokens_total" in text
+    assert "tandem_worker_generation_tokens_total" in text
 
 
 def test_a_storm_of_leavers_leaves_nothing_behind(worker: Worker) -> None:

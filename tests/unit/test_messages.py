@@ -155,3 +155,25 @@ def test_the_bases_of_a_worker(
 def test_a_status_survives_the_wire() -> None:
     status = WorkerStatus(model_names=("m",), worker_id="w", versions={"torch": "2"}, capacity=3)
     assert WorkerStatus.model_validate_json(status.model_dump_json()) == status
+
+
+def test_fastchats_request_is_valid() -> None:
+    fastchat = request(
+        prompt="USER: Hi ASSISTANT:",
+        temperature=0.7,
+        top_p=None,
+        top_k=-1,
+        logprobs=None,
+        presence_penalty=0.0,
+        max_new_tokens=64,
+        echo=False,
+        stop=[],
+        stop_token_ids=None,
+        images=None,
+        best_of=None,
+    )
+    assert fastchat.top_k == 0
+    assert fastchat.top_p == 1.0
+    assert not fastchat.echo
+    assert fastchat.needs == frozenset()
+    assert request(prompt="Hi").echo, "LLaVA has no such field, and echoes"
