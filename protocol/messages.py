@@ -97,14 +97,19 @@ class SamplingParams(Message):
     """How tokens are chosen and when the answer ends.
 
     ``temperature`` 0 is greedy; the defaults are LLaVA's. ``max_new_tokens`` counts
-    ``resume_token_ids`` too.
+    ``resume_token_ids`` too. The penalties regard the tokens of the answer, resumed ones included,
+    and not the prompt's: OpenAI's two are subtracted from a token's score, ``presence_penalty``
+    once and ``frequency_penalty`` for each time it has come; then the repetition penalty divides
+    (or, below 0, multiplies) it.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: the likeliest token only")
-    top_k: int = Field(default=0, ge=0, description="0: no limit")
+    top_k: int = Field(default=0, ge=0, lt=2**30, description="0: no limit")  # SGLang's int32
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=2)  # else float32 overflows
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     max_new_tokens: int = Field(default=256, ge=1, le=1_000_000)
     stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)

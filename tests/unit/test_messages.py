@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -65,6 +66,10 @@ def test_llavas_status_and_registration_are_valid() -> None:
         {"prompt": "a", "temperature": -1},
         {"prompt": "a", "temperature": float("nan")},
         {"prompt": "a", "top_p": 1.5},
+        {"prompt": "a", "top_k": 2**30},
+        {"prompt": "a", "repetition_penalty": 5e-324},
+        {"prompt": "a", "presence_penalty": 2.1},
+        {"prompt": "a", "frequency_penalty": -2.1},
         {"prompt": "a", "max_new_tokens": 0},
         {"prompt": "a", "stop": ["a", ""]},
         {"prompt": "a", "stop": ["a"] * 17},
@@ -82,6 +87,16 @@ def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
 def test_null_is_nothing() -> None:
     assert request(prompt="a", images=None, stop=None).stop == ()
     assert request(prompt="a", stop="").stop == ()
+
+
+def test_null_is_the_default_in_every_field_that_has_one() -> None:
+    fields = GenerateRequest.model_fields
+    nulls = {name: None for name, field in fields.items() if not field.is_required()}
+    assert request(**nulls | {"prompt": "a"}) == request(prompt="a")
+    wire = json.dumps(nulls | {"model": "m", "prompt": "a"}).encode()
+    assert asgi.parse(GenerateRequest, wire) == request(prompt="a")
+    with pytest.raises(ValidationError, match="model"):
+        request(model=None, prompt="a")
 
 
 def test_placeholders_in_messages() -> None:
