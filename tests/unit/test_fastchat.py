@@ -34,7 +34,7 @@ async def test_logprobs_of_a_whole_answer() -> None:
             yield Delta(text=token, token_ids=(1,), logprobs=(chosen,))
         yield Finished(reason="stop", prompt_tokens=3, completion_tokens=2)
 
-    (answer,) = [orjson.loads(part) async for part in fastchat.whole(events(), "P ")]
+    (answer,) = [orjson.loads(bytes(part)) async for part in fastchat.whole(events(), "P ")]
     assert answer["text"] == "P one two"
     assert answer["usage"]["total_tokens"] == 5
     assert answer["logprobs"] == {
