@@ -219,6 +219,7 @@ class GenerateRequest(SamplingParams):
             "resume": bool(self.resume_token_ids),
             "sampling": self.top_k > 0 or self.repetition_penalty != 1.0,
             "min_p": self.min_p > 0,
+            "penalties": self.presence_penalty != 0 or self.frequency_penalty != 0,
         }
         return frozenset(name for name, needed in wanted.items() if needed)
 
@@ -235,7 +236,7 @@ class WorkerState(StrEnum):
 class Capabilities(Message):
     """What a replica can do beyond a ready prompt in, text out.
 
-    The last two are what the workers of others lack.
+    The last three are what the workers of others lack.
     """
 
     chat: bool = False  # knows its chat template, so takes messages
@@ -247,15 +248,16 @@ class Capabilities(Message):
     resume: bool = False
     sampling: bool = True  # beyond temperature and top_p
     min_p: bool = True
+    penalties: bool = True  # presence and frequency
 
     def missing(self, needs: frozenset[str]) -> list[str]:
         """Those of ``needs`` this replica lacks, sorted."""
         return sorted(name for name in needs if not getattr(self, name, False))
 
 
-LLAVA = Capabilities(images=True, sampling=False, min_p=False)
+LLAVA = Capabilities(images=True, sampling=False, min_p=False, penalties=False)
 """What LLaVA's worker can do, which does not say so."""
-FASTCHAT = Capabilities(min_p=False)
+FASTCHAT = Capabilities(min_p=False, penalties=False)
 """What FastChat's can, which sees pictures if it registers as ``multimodal``."""
 
 

@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from protocol.messages import (
+    FASTCHAT,
+    LLAVA,
     AdapterSource,
     Capabilities,
     GenerateRequest,
@@ -123,6 +125,26 @@ def test_a_refusal_names_the_field_and_not_the_value() -> None:
 def test_missing_capabilities_by_name() -> None:
     asked = request(prompt="a", seed=1, logprobs=2)
     assert Capabilities(seed=True).missing(asked.needs) == ["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "lacking"),
+    [
+        ({"top_k": 5}, {"llava": ["sampling"], "fastchat": []}),
+        ({"repetition_penalty": 1.1}, {"llava": ["sampling"], "fastchat": []}),
+        ({"min_p": 0.1}, {"llava": ["min_p"], "fastchat": ["min_p"]}),
+        ({"presence_penalty": 0.5}, {"llava": ["penalties"], "fastchat": ["penalties"]}),
+        ({"frequency_penalty": -1}, {"llava": ["penalties"], "fastchat": ["penalties"]}),
+        ({"temperature": 0.3, "top_p": 0.9}, {"llava": [], "fastchat": []}),
+    ],
+    ids=str,
+)
+def test_what_the_workers_of_others_would_ignore(
+    asked: dict[str, float], lacking: dict[str, list[str]]
+) -> None:
+    needs = request(prompt="a", **asked).needs
+    assert {"llava": LLAVA.missing(needs), "fastchat": FASTCHAT.missing(needs)} == lacking
+    assert not Capabilities().missing(needs), "ours know them all"
 
 
 @pytest.mark.parametrize("name", ["a", "Formal-1.5_x", "x" * 64])
