@@ -1,6 +1,7 @@
 """What the controller and the workers cost and endure; the figures are in ``bench/results``.
 
 python -m bench.soak --streams 1000 --requests 100000    every reply checked, memory watched
+python -m bench.fuzz images --kind hf                    wrong pictures break nothing; or openapi
 python bench/frontdoor/run.py --rounds 5                 beside other front doors, one harness
 python bench/frontdoor/run.py --failures --fds tandem_openai
 python bench/restart.py                                  a killed controller, whole again

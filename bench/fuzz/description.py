@@ -151,11 +151,18 @@ class _Run:
         return self.findings.curl(sent.method or "", sent.url or "", given, headers)
 
     def _aim(self, case: Any) -> None:
-        """Have half of the requests reach the worker, which a random name would not."""
+        """Have half of the requests mean something, which random names would not: they reach the
+        worker, and workers that are registered beside it are at addresses where nobody listens."""
         if self._sent % 2:
             return
-        if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body["model"] = self._model
+        if isinstance(case.body, dict):
+            if isinstance(case.body.get("model"), str):
+                case.body["model"] = self._model
+            if isinstance(case.body.get("worker_name"), str):
+                case.body["worker_name"] = f"http://127.0.0.1:{1 + self._sent % 8}"
+                status = case.body.get("worker_status")
+                if self._sent % 4 and isinstance(status, dict):
+                    status["model_names"] = [self._model]
         if "worker_id" in (case.path_parameters or {}):
             case.path_parameters["worker_id"] = self._worker_id
 
