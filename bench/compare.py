@@ -25,7 +25,8 @@ BEYOND_KNEE = 1.6
 """A target is not asked at more than this many times what it answers in a closed loop."""
 
 DEFAULT_LIMITS = Limits(ttft_s=1.0, itl_s=0.2)
-_RATE_STEPS = (0.5, 0.8, 1.1, 1.4)
+_RATE_STEPS = (0.6, 1.0, 1.4)
+_LAST_STEP = 1.2
 _CALIBRATION_REQUESTS = 4
 
 
@@ -38,12 +39,12 @@ class Plan:
     """
 
     workloads: tuple[str, ...] = ("vqa", "chat", "random")
-    levels: tuple[int, ...] = (1, 8, 32)
+    levels: tuple[int, ...] = (1, 4, 16)
     rates: tuple[float, ...] | None = None
     rounds: int = 3
-    requests: int = 32
+    requests: int = 8
     waves: int = 2
-    open_s: float = 4.0
+    open_s: float = 2.5
     questions: int = parity.QUESTIONS
     max_new_tokens: int | None = None
     seed: int = 0
@@ -319,8 +320,8 @@ def chosen_rates(peaks: Sequence[float]) -> tuple[float, ...]:
         return ()
     lowest, highest = min(peaks), max(peaks)
     around = [lowest * step for step in _RATE_STEPS]
-    if highest > 1.25 * lowest:
-        around += [highest * step for step in _RATE_STEPS[1:3]]
+    if highest * _LAST_STEP > around[-1]:
+        around.append(highest * _LAST_STEP)
     return tuple(sorted({float(f"{rate:.2g}") for rate in around}))
 
 

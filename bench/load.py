@@ -9,6 +9,7 @@ every 50 ms and notes how much later than that it came (``lag_s``).
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -56,6 +57,9 @@ def closed(users: Sequence[Iterable[Sending]], told: Told = lambda: None) -> Run
     """Each of ``users`` sends its requests one after the other; returns when all have ended.
 
     Users may share one iterator: then whoever is free takes the next.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; the requests that run are left.
     """
 
     async def work(session: aiohttp.ClientSession, done: list[Exchange]) -> None:
@@ -70,7 +74,11 @@ def closed(users: Sequence[Iterable[Sending]], told: Told = lambda: None) -> Run
 
 
 def opened(arrivals: Sequence[tuple[float, Sending]], told: Told = lambda: None) -> Run:
-    """Send each request at its seconds from the start; returns when all have ended."""
+    """Send each request at its seconds from the start; returns when all have ended.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; the requests that run are left.
+    """
 
     async def work(session: aiohttp.ClientSession, done: list[Exchange]) -> None:
         begun_at = time.perf_counter()
@@ -96,7 +104,21 @@ def _run(work: Work) -> Run:
     done: list[Exchange] = []
     lags: list[float] = []
 
-    async def main() -> None:
+    async def main() -> bool:
+        """Whether it was not stopped."""
+        loop = asyncio.get_running_loop()
+        ours = asyncio.current_task()
+        assert ours is not None
+        loop.add_signal_handler(signal.SIGINT, ours.cancel)
+        try:
+            await measured()
+        except asyncio.CancelledError:
+            return False
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        return True
+
+    async def measured() -> None:
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
         async with aiohttp.ClientSession(
@@ -112,7 +134,8 @@ def _run(work: Work) -> Run:
 
     before = time.process_time()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main())
+        if not runner.run(main()):
+            raise KeyboardInterrupt
     return Run(tuple(done), tuple(lags), time.process_time() - before)
 
 

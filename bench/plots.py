@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.figures import median_of
 from bench.tables import TIMES, load_words, number, ratio_of
@@ -334,7 +334,8 @@ def inline(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
-    return re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?)$', r"\1\2", svg, count=1)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # as wide as the page
 
 
 def _names(found: Found) -> list[str]:
@@ -410,6 +411,7 @@ def _quantile_lines(
             style |= {"markersize": 3.5, "markerfacecolor": "none"}
         axes.plot(xs, ys, **style)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -153,7 +153,4 @@ def warnings(found: Found) -> list[str]:
     deltas = sorted({c["target"] for c in found["cells"] if c["summary"]["tokens_are_deltas"]})
     if deltas:
         said.append(f"{', '.join(deltas)}: says no token counts, so that deltas are counted")
-    not_flushed = [name for name, target in found["targets"].items() if target["not_flushed"]]
-    if not_flushed:
-        said.append(f"{', '.join(not_flushed)}: has no prefix cache that could be emptied")
     return said

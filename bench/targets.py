@@ -266,12 +266,13 @@ def _openai(client: httpx.Client, written: Written) -> dict[str, Any] | None:
     models = _json(client, "GET", f"{written.address}/v1/models")
     if not isinstance(models, dict) or "data" not in models:
         return None
+    if (ours := _tandem(client, written)) is not None and "kind" in ours:
+        return ours | {"api": "openai"}  # a controller of ours, which knows what serves it
     return {
         "name": written.name,
         "address": written.address,
         "api": "openai",
         "model": _one_model(written, [model["id"] for model in models["data"]]),
-        "kind": written.kind,
         "served_by": (written.address,),
         "facts": {"what": "server with OpenAI's API"},
     }

@@ -128,7 +128,7 @@ def _random(seed: int, round_number: int, user: int) -> Iterator[Ask]:
     while True:
         words = (
             "".join(random.choices(_SYLLABLES, k=random.randint(1, 3)))
-            for _ in range(random.randint(40, 80))
+            for _ in range(random.randint(30, 60))
         )
         yield Ask((("user", " ".join(words)),), max_new_tokens=32)
 
