@@ -111,13 +111,13 @@ def compare(args: argparse.Namespace) -> int:
             comparison = Comparison(plan, found, console, trace)
             comparison.run()
             results = head | comparison.results()
+            _keep(args.out, results, console)  # before the workers stop: that may be cut short
     except (TargetError, ProcessFailed, WorkloadError) as exc:
         sys.stderr.write(f"error: {exc}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("stopped before anything was measured\n")
         return 130
-    _keep(args.out, results, console)
     if comparison.interrupted:
         return 130
     return int(bool(comparison.dead) or not results["cells"])
@@ -179,8 +179,14 @@ def _pair(text: str) -> tuple[str, str]:
     return kind, flags
 
 
+def _file(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
 def _keep(prefix: Path, results: dict[str, Any], console: Console) -> None:
-    files.write(prefix.with_suffix(".json"), results)
+    file = _file(prefix, ".json")
+    files.write(file, results)
+    results = files.read(file)  # the page is drawn from what others can draw it from
     if results["parity"]:
         console.print(tables.parity_table(results))
     for table in tables.cell_tables(results):
@@ -188,8 +194,8 @@ def _keep(prefix: Path, results: dict[str, Any], console: Console) -> None:
     for said in tables.warnings(results):
         console.print(f"note: {said}", style="yellow", markup=False)
     if results["cells"]:
-        report.write(prefix.with_suffix(".html"), results)
-        console.print(f"{prefix.with_suffix('.html')} shows it, {prefix}.json holds it")
+        report.write(_file(prefix, ".html"), results)
+        console.print(f"{_file(prefix, '.html')} shows it, {file} holds it")
 
 
 # ---------------------------------------------------------------- overhead
@@ -237,11 +243,11 @@ def overhead(args: argparse.Namespace) -> int:
             sys.stderr.write(f"error: {exc}\n")
             return 2
     results = head | measured.results()
-    files.write(args.out.with_suffix(".json"), results)
+    files.write(_file(args.out, ".json"), results)
     console = Console(width=WIDTH)
     console.print(overheads.table(results))
     for name, figure in plots.pictures(results).items():
-        plots.save(figure, args.out.with_suffix(".svg"))
+        plots.save(figure, _file(args.out, ".svg"))
         console.print(f"{args.out}.svg shows the {name}, {args.out}.json holds it")
     if measured.interrupted:
         return 130
@@ -301,7 +307,7 @@ def cross_check(args: argparse.Namespace) -> int:
         sys.stderr.write("stopped before anything was measured\n")
         return 130
     results = head | measured.results()
-    files.write(args.out.with_suffix(".json"), results)
+    files.write(_file(args.out, ".json"), results)
     Console(width=WIDTH).print(cross_checks.table(results))
     return 130 if measured.interrupted else 0
 

@@ -131,7 +131,7 @@ class CrossCheck:
         }
         line = [str(part) for pair in flags.items() for part in pair]
         done = subprocess.run(
-            [sys.executable, "-m", TOOL, *line, "--disable-tqdm"],
+            [sys.executable, "-m", TOOL, *line, "--flush-cache", "--disable-tqdm"],
             capture_output=True,
             text=True,
             timeout=_TOOL_S,

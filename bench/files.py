@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.processes import ROOT
 from bench.results import rounded
 
 SCHEMA = "tandem.bench/1"
@@ -31,7 +32,8 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(f".{path.name}.half")
-    half.write_text(json.dumps(rounded(dict(found), _DIGITS), separators=(",", ":")) + "\n")
+    text = json.dumps(rounded(dict(found), _DIGITS), separators=(",", ":"))
+    half.write_text(text.replace(f"{ROOT}/", "") + "\n")  # where a checkout lies is its own affair
     os.replace(half, path)
 
 

@@ -14,7 +14,7 @@ import psutil
 
 from bench.files import SCHEMA
 from bench.results import commit, machine
-from bench.usage import Gpus
+from bench.usage import Gpus, without_secrets
 
 _PACKAGES = ("aiohttp", "numpy", "uvloop", "torch", "transformers", "sglang")
 
@@ -44,16 +44,3 @@ def head(kind: str, argv: list[str]) -> dict[str, Any]:
         "commit": commit(),
         "python": sys.version.split()[0],
     }
-
-
-def without_secrets(argv: list[str]) -> list[str]:
-    """The arguments without the value of ``--api-key``."""
-    shown = []
-    hide = False
-    for argument in argv:
-        name, equals, _ = argument.partition("=")
-        if name == "--api-key" and equals:
-            argument = "--api-key=..."
-        shown.append("..." if hide else argument)
-        hide = argument == "--api-key"
-    return shown

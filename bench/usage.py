@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,31 @@ def _role(process: psutil.Process) -> str:
     return {"controller": "controller"}.get(module, "worker" if "workers" in module else "server")
 
 
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """The arguments without the values of flags that hold a secret."""
+    shown = []
+    hide = False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        secret = name.startswith("-") and any(
+            word in name.lower() for word in ("key", "secret", "password")
+        )
+        if secret and equals:
+            argument = f"{name}=..."
+        shown.append("..." if hide else argument)
+        hide = secret and not equals
+    return shown
+
+
 def command_lines(found: Family) -> dict[str, list[str]]:
     """How each was started, by role."""
     lines: dict[str, list[str]] = {}
     for role, processes in found.items():
         for process in processes:
-            with suppress(psutil.Error):
-                lines.setdefault(role, []).append(" ".join(process.cmdline()).strip()[:500])
+            with suppress(psutil.Error, ValueError):
+                program, *arguments = process.cmdline()
+                line = " ".join([Path(program).name, *without_secrets(arguments)])
+                lines.setdefault(role, []).append(line.strip()[:500])
     return lines
 
 

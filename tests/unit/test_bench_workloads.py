@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine import without_secrets
 from bench.targets import Target, TargetError, parse
+from bench.usage import without_secrets
 from bench.wire import Ask
 from bench.workloads import (
     TURNS,
