@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench import cross_check as cross_checks
-from bench import files, machine, own_cluster, plots, report, tables, workloads
+from bench import files, machine, own_cluster, tables, workloads
 from bench import overhead as overheads
 from bench.compare import Comparison, Plan
 from bench.figures import Limits
@@ -25,7 +25,7 @@ from bench.targets import Target, TargetError, find, parse
 from bench.workloads import WORKLOADS, WorkloadError
 
 OUT = ROOT / "bench" / "out"
-WIDTH = 170
+WIDTH = 150  # where no terminal says its own
 
 # ---------------------------------------------------------------- compare
 
@@ -102,7 +102,7 @@ def compare(args: argparse.Namespace) -> int:
     """
     plan = _plan(args)
     commit()  # what runs from here on, whatever is checked out meanwhile
-    console = Console(width=WIDTH)
+    console = _console()
     head = machine.head("compare", args.argv)
     try:
         trace = workloads.read_trace(args.trace) if args.trace else ()
@@ -179,11 +179,17 @@ def _pair(text: str) -> tuple[str, str]:
     return kind, flags
 
 
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
 def _file(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
 def _keep(prefix: Path, results: dict[str, Any], console: Console) -> None:
+    from bench import report  # matplotlib takes a second to import
+
     file = _file(prefix, ".json")
     files.write(file, results)
     results = files.read(file)  # the page is drawn from what others can draw it from
@@ -191,6 +197,8 @@ def _keep(prefix: Path, results: dict[str, Any], console: Console) -> None:
         console.print(tables.parity_table(results))
     for table in tables.cell_tables(results):
         console.print(table)
+    if results["cells"]:
+        console.print(tables.legend(results), style="dim", markup=False)
     for said in tables.warnings(results):
         console.print(f"note: {said}", style="yellow", markup=False)
     if results["cells"]:
@@ -243,8 +251,10 @@ def overhead(args: argparse.Namespace) -> int:
             sys.stderr.write(f"error: {exc}\n")
             return 2
     results = head | measured.results()
+    from bench import plots
+
     files.write(_file(args.out, ".json"), results)
-    console = Console(width=WIDTH)
+    console = _console()
     console.print(overheads.table(results))
     for name, figure in plots.pictures(results).items():
         plots.save(figure, _file(args.out, ".svg"))
@@ -308,7 +318,7 @@ def cross_check(args: argparse.Namespace) -> int:
         return 130
     results = head | measured.results()
     files.write(_file(args.out, ".json"), results)
-    Console(width=WIDTH).print(cross_checks.table(results))
+    _console().print(cross_checks.table(results))
     return 130 if measured.interrupted else 0
 
 
@@ -329,6 +339,8 @@ def plot(args: argparse.Namespace) -> int:
     controller adds. They are readable in black and white. Exit code: 0, or 2 for a file that is no
     result.
     """
+    from bench import plots, report
+
     try:
         found = {path: files.read(path) for path in args.files}
     except files.FileError as exc:

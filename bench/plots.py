@@ -289,7 +289,7 @@ def overhead(found: Found) -> Figure | None:
     line(middle, cpu, through, "controller")
     left.set_title("time to first token, ms")
     middle.set_title("controller: CPU µs per token")
-    right.set_title("flat out: 1000 tokens/s")
+    right.set_title("flat out: thousand tokens/s")
     for axes in (left, middle, right):
         _users_axis(axes, streams)
         axes.set_xlabel("streams at once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from bench.figures import median_of
@@ -30,8 +31,9 @@ def over_rounds(spread: Found | None, scale: float = 1.0) -> str:
     """Median (least-most)."""
     if not spread:
         return "-"
-    middle, least, most = (number(spread[key] * scale) for key in ("median", "min", "max"))
-    return middle if least == most else f"{middle} ({least}-{most})"
+    middle = number(spread["median"] * scale)
+    least, most = (number(spread[key] * scale, 2) for key in ("min", "max"))
+    return middle if spread["min"] == spread["max"] else f"{middle} ({least}-{most})"
 
 
 def percent(value: float | None) -> str:
@@ -40,10 +42,8 @@ def percent(value: float | None) -> str:
 
 def milliseconds(summary: Found, name: str, *shares: str) -> str:
     """The medians of some quantiles of a latency."""
-    return " / ".join(
-        number(None if (found := median_of(summary, name, share)) is None else 1e3 * found)
-        for share in shares
-    )
+    found = (median_of(summary, name, share) for share in shares)
+    return " / ".join("-" if s is None else f"{1e3 * s:.{int(s < 0.01)}f}" for s in found)
 
 
 def counts(found: Mapping[str, int]) -> str:
@@ -83,46 +83,54 @@ def cell_tables(found: Found) -> list[Table]:
 
 
 _COLUMNS = (
-    *("requests/s", "output tok/s", "TTFT ms", "ITL ms", "TPOT ms", "whole s"),
-    *("good", "cached", "refused", "failed", "equal", "times"),
+    *("requests/s", "tokens/s", "TTFT ms", "ITL ms", "TPOT ms", "whole s"),
+    *("good", "cached", "ref/fail", "equal", "times"),
 )
-_WHOLE = {*_COLUMNS} - {"refused", "failed"}
 
 
 def _cell_table(found: Found, workload: str, mode: str, cells: list[Found]) -> Table:
     rounds = max(len(cell["rounds"]) for cell in cells)
     title = f"{workload}, {mode} loop: median (least-most) of {rounds} rounds"
-    drawn = Table("load", "target", title=title, title_justify="left")
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    drawn.add_column("users" if mode == "closed" else "offered/s", justify="right", no_wrap=True)
+    drawn.add_column("target", no_wrap=True)
     for column in _COLUMNS:
-        drawn.add_column(column, justify="right", no_wrap=column in _WHOLE)
+        drawn.add_column(column, justify="right", no_wrap=True)
     told = found["parity"]["targets"]
     last = None
     for cell in sorted(cells, key=lambda cell: float(cell["level"])):  # stable: targets in order
         summary = cell["summary"]
         drawn.add_row(
-            load_words(mode, cell["level"]) if cell["level"] != last else "",
+            number(cell["level"]) if cell["level"] != last else "",
             cell["target"],
             over_rounds(summary["requests_per_s"]),
             number(median_of(summary, "output_tokens_per_s")),
             milliseconds(summary, "ttft_s", "p50", "p95"),
             milliseconds(summary, "itl_s", "p50", "p99"),
             milliseconds(summary, "tpot_s", "p50"),
-            " / ".join(number(median_of(summary, "duration_s", share)) for share in ("p50", "p99")),
+            " / ".join(
+                number(median_of(summary, "duration_s", share), 2) for share in ("p50", "p99")
+            ),
             percent(median_of(summary, "good_share")),
             percent(median_of(summary, "cached_share")),
-            counts(summary["refused"]),
-            counts(summary["failed"]),
+            "/".join(str(sum(summary[key].values())) for key in ("refused", "failed")),
             percent(told[cell["target"]]["equal"]),
             over_rounds(ratio_of(found, cell, "requests_per_s")),
         )
         last = cell["level"]
-    limits = found["plan"]["limits"]
-    drawn.caption = (
-        "TTFT: median / p95; ITL, gaps between deltas: median / p99; whole answer: median / p99; "
-        f"good: TTFT <= {limits['ttft_s']:g} s and 95 % of gaps <= {limits['itl_s']:g} s; "
-        "times: requests/s to the first target's, within a round"
-    )
     return drawn
+
+
+def legend(found: Found) -> str:
+    """What the columns of the tables are."""
+    limits = found["plan"]["limits"]
+    return (
+        "tokens/s: of answers; TTFT, to the first text: median / p95; ITL, gaps between deltas: "
+        "median / p99; whole: the answer, median / p99; ref/fail: refused (429, 503), failed; "
+        f"good: TTFT <= {limits['ttft_s']:g} s and 95 % of gaps <= {limits['itl_s']:g} s; "
+        "equal: answers that are the first target's; times: requests/s to the first target's, "
+        "within a round"
+    )
 
 
 def ratio_of(found: Found, cell: Found, name: str) -> Found | None:
@@ -139,6 +147,13 @@ def warnings(found: Found) -> list[str]:
     said = [f"{name} is dead: {t['dead']}" for name, t in found["targets"].items() if t["dead"]]
     if found["interrupted"]:
         said.append("stopped before its end: this is what was measured so far")
+    for key in ("refused", "failed"):
+        codes: dict[str, dict[str, int]] = {}
+        for cell in found["cells"]:
+            for code, count in cell["summary"][key].items():
+                its = codes.setdefault(cell["target"], {})
+                its[code] = its.get(code, 0) + count
+        said += [f"{name} {key} {counts(its)}" for name, its in codes.items()]
     late = [
         f"{cell['workload']}, {load_words(cell['mode'], cell['level'])}, {cell['target']}"
         for cell in found["cells"]

@@ -93,8 +93,11 @@ def test_the_page_needs_nothing_else_and_escapes_names() -> None:
 def test_what_was_refused_is_told_in_page_and_table() -> None:
     found = results(broken=True)
     assert f"8 {tables.TIMES} 429 overloaded" in report.page(found)
-    assert "429" in printed(found)
-    assert any("stopped before its end" in said for said in tables.warnings(found))
+    row = next(line for line in printed(found).splitlines() if "new" in line and "/0" in line)
+    assert "8/0" in row
+    said = " ".join(tables.warnings(found))
+    assert "stopped before its end" in said
+    assert f"new refused 32 {tables.TIMES} 429 overloaded" in said
 
 
 def test_a_row_has_its_parity_beside_its_speed() -> None:
