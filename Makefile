@@ -7,6 +7,8 @@ READY := .venv/.ready
 # The other SGLang that the worker is tested with, in an environment of its own.
 OTHER_SGLANG := 0.5.18
 OTHER := .venv-sglang-$(OTHER_SGLANG)
+# FastChat and LLaVA, whose processes tests/interop runs beside ours.
+FASTCHAT := .venv-fastchat
 # The first of these that is 3.11 or 3.12; or say `make PYTHON=/path/to/python`.
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
   $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
@@ -26,7 +28,7 @@ demo: $(READY) ## a whole cluster on this machine: controller, two kinds of work
 test: export HF_HUB_OFFLINE = 1
 test: export HF_HUB_DISABLE_TELEMETRY = 1
 test: export DO_NOT_TRACK = 1
-test: $(READY) ## all tests; no GPU and no network needed
+test: $(READY) $(FASTCHAT)/.ready ## all tests; no GPU and no network needed
 	@command -v curl >/dev/null || { apt-get update -qq && apt-get install -y -qq curl; } # the README uses it
 	@$(BIN)/python -m pytest
 
@@ -54,6 +56,9 @@ fmt: $(READY) ## write the style that check wants
 lock: $(READY) ## resolve requirements/*.txt anew from pyproject.toml
 	@$(COMPILE) --upgrade --extra hf --extra sglang --extra otel --extra ui --extra bench --extra dev -o requirements/all.txt pyproject.toml
 	@$(COMPILE) --upgrade -c requirements/all.txt -o requirements/controller.txt pyproject.toml
+	@$(COMPILE) --upgrade -o requirements/fastchat.txt requirements/fastchat.in
+	@echo 'llava-torch==1.2.2.post1' | $(COMPILE) --no-deps -o requirements/llava.txt -
+	@echo 'pydantic<2' | $(COMPILE) --upgrade -o requirements/pydantic1.txt -
 
 clean: ## remove everything made here, the environment too
 	@rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache run bench/out
@@ -70,4 +75,14 @@ $(READY): requirements/all.txt requirements/install.py
 $(OTHER)/.ready: pyproject.toml requirements/sglang-$(OTHER_SGLANG).txt requirements/install.py
 	@$(or $(PYTHON),python3) requirements/install.py $(OTHER) pyproject.toml \
 	  --extra hf --extra sglang --extra dev --overrides requirements/sglang-$(OTHER_SGLANG).txt
+	@touch $@
+
+# Its own versions of what they quarrel about; torch and the like are looked for in .venv after those.
+# FastChat's OpenAI server streams with pydantic 1 only, its Gradio server starts with pydantic 2 only.
+$(FASTCHAT)/.ready: $(READY) requirements/fastchat.txt requirements/llava.txt requirements/pydantic1.txt
+	@$(BIN)/python requirements/install.py $(FASTCHAT) requirements/fastchat.txt
+	@$(BIN)/python requirements/install.py $(FASTCHAT) requirements/llava.txt --no-deps
+	@$(BIN)/python requirements/install.py $(FASTCHAT) requirements/pydantic1.txt --target $(FASTCHAT)/pydantic1
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" > "$$($(FASTCHAT)/bin/python -c "$$site")/torch-from-tandem.pth"
 	@touch $@

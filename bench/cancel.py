@@ -32,6 +32,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from transport.credentials import from_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = 4
 DECODE = {"messages": [{"role": "user", "content": "Count from 1 to 100."}]}
@@ -68,7 +70,7 @@ def leave(
     others: int = 0,
 ) -> float:
     """Milliseconds from closing the connection until the worker has no request but ``others``."""
-    with httpx.Client(base_url=address) as client:
+    with httpx.Client(base_url=address, headers=from_environment()) as client:
 
         def requests() -> int:
             found: int = client.post("/worker_get_status").json()["queue_length"]
@@ -133,8 +135,11 @@ def main() -> None:
             found["prefill"].append(leave(address, PREFILL, wait_s=wait_s / 2))
             found["picture"].append(leave(address, picture, wait_s=wait_s))
             found["waiting"].append(leave_waiting(address, wait_s=wait_s))
-            while httpx.post(f"{address}/worker_get_status").json()["queue_length"]:
+            status = {"queue_length": 1}
+            while status["queue_length"]:
                 time.sleep(0.01)
+                url = f"{address}/worker_get_status"
+                status = httpx.post(url, headers=from_environment()).json()
     finally:
         worker.terminate()
         worker.wait()

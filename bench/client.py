@@ -15,6 +15,7 @@ import uvloop
 from protocol.errors import TandemError
 from protocol.events import SSE_MEDIA_TYPE, Delta, Event, SseDecoder
 from protocol.messages import GenerateRequest
+from transport import credentials
 from transport.client import HttpPool
 
 PATH = "/worker_generate_stream"
@@ -55,7 +56,9 @@ class Client:
 
     def __init__(self) -> None:
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
-        self._pool = HttpPool()
+        self._pool = HttpPool(
+            headers=[(k.encode(), v.encode()) for k, v in credentials.from_environment().items()]
+        )
 
     def __enter__(self) -> Client:
         return self

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from protocol.messages import WorkerStatus
+from transport.credentials import from_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +52,9 @@ class Running:
         """
         url = f"{self.address}/worker_get_status"
         try:
-            answer = httpx.post(url, timeout=30, trust_env=False).raise_for_status()
+            answer = httpx.post(
+                url, timeout=30, trust_env=False, headers=from_environment()
+            ).raise_for_status()
         except httpx.HTTPError as exc:
             raise ProcessFailed(
                 f"{self.address} does not answer: {exc}.\n{tail(self.log)}"

@@ -21,6 +21,8 @@ from pathlib import Path
 import httpx
 from rich.progress import track
 
+from transport.credentials import from_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=21101)
     args = parser.parse_args()
     address = f"http://127.0.0.1:{args.port}"
-    client = httpx.Client(base_url=address, timeout=2)
+    client = httpx.Client(base_url=address, timeout=2, headers=from_environment())
 
     def healthy() -> bool:
         return client.get("/healthz").status_code == 200

@@ -18,7 +18,7 @@ EXAMPLE = """\
 # Every key but `kind` and `model-path` may be left out; an unknown key is refused.
 
 controller:
-  host: 127.0.0.1          # 0.0.0.0 lets other machines in
+  host: 127.0.0.1          # 0.0.0.0 lets other machines in; export TANDEM_CLUSTER_TOKEN first
   port: 21001              # or auto: a free one
   args: [--dispatch-method, shortest_queue]
 

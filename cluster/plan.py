@@ -79,9 +79,14 @@ def build(cluster: ClusterFile, source: str, locate: Locate) -> Plan:
     """The plan of a validated file.
 
     Raises:
-        ConfigError: two workers share a name or a port, a worker has no model, or ``locate``
-            refuses a model-path.
+        ConfigError: two workers share a name or a port, a worker has no model, ``locate`` refuses
+            a model-path, or the controller is to speak https.
     """
+    if any(arg.split("=")[0] == "--ssl-certfile" for arg in cluster.controller.args):
+        raise ConfigError(
+            f"{source}: controller: a cluster's processes reach each other by http; put a proxy "
+            "that speaks https before it, or start the controller and the workers by themselves."
+        )
     controller = ProcessPlan(
         name="controller",
         role=Role.CONTROLLER,

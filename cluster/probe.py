@@ -9,6 +9,7 @@ import httpx
 from pydantic import ValidationError
 
 from protocol.messages import WorkerStatus
+from transport import credentials
 
 TIMEOUT_S = 2.0
 
@@ -20,8 +21,11 @@ class Health:
 
 
 def client() -> httpx.AsyncClient:
-    """A client for this machine's processes: short waits, and no proxy in between."""
-    return httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False)
+    """A client for this machine's processes: short waits, no proxy in between, and the token that
+    they have inherited from us."""
+    return httpx.AsyncClient(
+        timeout=TIMEOUT_S, trust_env=False, headers=credentials.from_environment()
+    )
 
 
 async def health(http: httpx.AsyncClient, address: str) -> Health | None:

@@ -3,55 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from controller import openapi
+from controller import fastchat, openapi
 from controller.dispatch import Demand, Dispatcher, eligible
-from controller.fetch import ImageFetcher
-from controller.generation import Generator
-from controller.intake import Intake
+from controller.gate import caller_of
 from controller.liveness import Liveness
 from controller.metrics import Metrics
-from controller.openai.answers import Answer
 from controller.openai.requests import ChatCompletionRequest, CompletionRequest
-from controller.policy import Policy, Random
+from controller.questions import Questions
 from controller.registry import Registry, Replica
 from controller.settings import ControllerSettings
+from controller.streams import Generate, OpenAI, Serving
 from protocol.errors import (
     AdapterNotFound,
     InvalidRequest,
     ModelNotFound,
     NoReplicaAvailable,
-    TandemError,
-    TooLarge,
 )
-from protocol.events import NUL_MEDIA_TYPE, SSE_MEDIA_TYPE, NulEncoder, SseDecoder
 from protocol.messages import (
     PROTOCOL_VERSION,
-    GenerateRequest,
     Heartbeat,
     Lease,
     Registration,
     WorkerStatus,
 )
-from transport import asgi, refusals
-
-_BODIES_OF_CHOICES = 4
-"""Bodies of the largest size that the choices of one request may take together."""
+from transport import asgi, credentials, refusals
 
 
 class ModelName(BaseModel):
     """The body of LLaVA's ``/get_worker_address``."""
 
     model: str
+
+
+class LiveRequest(BaseModel):
+    """A request that has not ended. ``place`` 1 is the next of ``waiting`` for its model."""
+
+    state: Literal["waiting", "running"]
+    place: int | None
+    waiting: int | None
+    worker_id: str | None
+    kind: str | None
+    waited_s: float
+    ttft_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +64,14 @@ class Controller:
     registry: Registry
     liveness: Liveness
     dispatcher: Dispatcher
-    intake: Intake
-    fetcher: ImageFetcher
-    generator: Generator
+    serving: Serving
     metrics: Metrics
-    policy: Policy
-    random: Random
+    questions: Questions
     clock: Callable[[], float]
     status: Callable[[], WorkerStatus | None]  # this controller as a worker of another one
 
 
-def create_app(controller: Controller) -> ASGIApp:
+def create_app(controller: Controller) -> asgi.Beside:
     """All routes over ``controller``."""
     app = FastAPI(
         title="Tandem controller",
@@ -83,14 +82,17 @@ def create_app(controller: Controller) -> ASGIApp:
     refusals.install(app)
     _membership_routes(app, controller)
     _model_routes(app, controller)
+    fastchat.install(app, controller.registry, controller.serving.intake, controller.questions)
     _operator_routes(app, controller)
     openapi.describe(app)
-    return asgi.beside(
+    serving = controller.serving
+    return asgi.Beside(
         app,
         {
-            "/worker_generate_stream": _GenerateStream(controller),
-            "/v1/chat/completions": _OpenAI(controller, ChatCompletionRequest),
-            "/v1/completions": _OpenAI(controller, CompletionRequest),
+            "/worker_generate_stream": Generate(serving, whole=False),
+            "/worker_generate": Generate(serving, whole=True),
+            "/v1/chat/completions": OpenAI(serving, ChatCompletionRequest),
+            "/v1/completions": OpenAI(serving, CompletionRequest),
         },
     )
 
@@ -108,8 +110,10 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
         return await controller.liveness.renew(heartbeat)
 
     @app.post("/refresh_all_workers")
-    async def refresh_all_workers() -> None:
-        await controller.liveness.refresh()
+    async def refresh_all_workers(request: Request) -> None:
+        """LLaVA's and FastChat's clients ask for it first; only an operator's has an effect."""
+        if caller_of(request.scope).operator:
+            await controller.liveness.refresh()
 
     @app.post("/worker_get_status")
     async def worker_get_status() -> WorkerStatus:
@@ -124,32 +128,60 @@ def _membership_routes(app: FastAPI, controller: Controller) -> None:
 
 
 def _model_routes(app: FastAPI, controller: Controller) -> None:
-    def served() -> list[str]:
-        return controller.intake.names(controller.registry.models())
+    def served(request: Request) -> list[str]:
+        """The names that the caller may use."""
+        names = controller.serving.intake.names(controller.registry.models())
+        return [name for name in names if caller_of(request.scope).allows(name)]
 
     @app.post("/list_models")
-    async def list_models() -> dict[str, list[str]]:
-        return {"models": served()}
+    async def list_models(request: Request) -> dict[str, list[str]]:
+        return {"models": served(request)}
 
     @app.get("/v1/models")
-    async def v1_models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in served()]}
+    async def v1_models(request: Request) -> dict[str, Any]:
+        return {"object": "list", "data": [_model(name) for name in served(request)]}
 
     @app.get("/v1/models/{name:path}")
-    async def v1_model(name: str) -> dict[str, Any]:
-        if name not in served():
+    async def v1_model(name: str, request: Request) -> dict[str, Any]:
+        if name not in served(request):
             raise ModelNotFound(f"Unknown model {name!r}.", param="model")
         return _model(name)
 
+    @app.get("/requests/{request_id}")
+    async def live_request(request_id: str, request: Request) -> LiveRequest:
+        """Where a request stands that has not ended, for whoever waits for its first token."""
+        account = controller.serving.accounts.live(request_id, caller_of(request.scope))
+        place = controller.dispatcher.place(account.demand)
+        replica = None if place else account.replica
+        return LiveRequest(
+            state="waiting" if place else "running",
+            place=place[0] if place else None,
+            waiting=place[1] if place else None,
+            worker_id=replica.worker_id if replica else None,
+            kind=replica.status.kind if replica else None,
+            waited_s=round(account.waited_s(controller.clock()), 3),
+            ttft_s=account.ttft_s,
+        )
+
     @app.post("/get_worker_address")
-    async def get_worker_address(body: ModelName) -> dict[str, str]:
-        """Where a LLaVA client would send a request for this model; "" when nowhere."""
-        demand = Demand(controller.intake.resolve(body.model), None, None, frozenset(), 0.0, 0)
+    async def get_worker_address(body: ModelName, request: Request) -> dict[str, str]:
+        """Where LLaVA's and FastChat's clients send their requests for this model: here, as they
+        came here, so that these are queued, placed and retried; "" when nobody could serve it.
+
+        A key that came in the address (``http://any:KEY@host:port``) is in this one, too.
+        """
+        caller_of(request.scope).check_model(body.model)
+        demand = Demand(
+            controller.serving.intake.resolve(body.model), None, None, frozenset(), 0.0, 0
+        )
         try:
-            replicas = eligible(controller.registry, demand)
+            eligible(controller.registry, demand)
         except (AdapterNotFound, ModelNotFound, NoReplicaAvailable):
             return {"address": ""}
-        return {"address": controller.policy(replicas, controller.random).address}
+        url = request.base_url
+        if (key := credentials.presented_in_address(request.scope)) is not None:
+            url = url.replace(username="any", password=quote(key, safe=""))
+        return {"address": str(url).rstrip("/")}
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -166,7 +198,7 @@ def _operator_routes(app: FastAPI, controller: Controller) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await controller.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/cluster")
     async def cluster() -> dict[str, Any]:
@@ -230,133 +262,3 @@ def _describe(replica: Replica, now: float) -> dict[str, Any]:
 
 def _uptime_s(epoch: int) -> float | None:
     return round(time.time() - epoch / 1e9, 1) if epoch else None
-
-
-# ---------------------------------------------------------------- streams
-
-
-class _GenerateStream:
-    """``POST /worker_generate_stream``: LLaVA's route, in either framing."""
-
-    def __init__(self, controller: Controller) -> None:
-        self._controller = controller
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = asgi.request_id(scope)
-        limit_bytes = self._controller.settings.max_body_bytes
-        try:
-            body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
-            asked = asgi.parse(GenerateRequest, body)
-            request = self._controller.intake.accept(asked)
-        except asgi.ClientLeft:
-            return
-        except TandemError as error:
-            await asgi.send_error(send, error, _id_header(request_id))
-            return
-        if request is not asked:
-            body = _dumped(request)
-        request_id = request.request_id or request_id
-        frames = self._controller.generator.stream(request, body, request_id)
-        sse = asgi.accepts_sse(scope)
-        await asgi.respond(
-            receive,
-            send,
-            frames if sse else _cumulative(frames, request.prompt or ""),
-            media_type=SSE_MEDIA_TYPE if sse else NUL_MEDIA_TYPE,
-            headers=_id_header(request_id),
-        )
-
-
-class _OpenAI:
-    """One of OpenAI's routes, streamed or whole."""
-
-    def __init__(
-        self, controller: Controller, shape: type[ChatCompletionRequest | CompletionRequest]
-    ) -> None:
-        self._controller = controller
-        self._shape = shape
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = asgi.request_id(scope)
-        headers = _id_header(request_id)
-        limit_bytes = self._controller.settings.max_body_bytes
-        try:
-            body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
-            asked = asgi.parse(self._shape, body)
-            requests = self._requests(asked, len(body))
-            named_by_address = self._controller.fetcher.check(requests[0].images)
-        except asgi.ClientLeft:
-            return
-        except TandemError as error:
-            await asgi.send_error(send, error, headers)
-            return
-        answered = self._fetched if named_by_address else self._answered
-        await asgi.respond(
-            receive,
-            send,
-            answered(asked, requests, request_id),
-            media_type=SSE_MEDIA_TYPE if asked.stream else "application/json",
-            headers=headers,
-        )
-
-    def _requests(
-        self, asked: ChatCompletionRequest | CompletionRequest, body_bytes: int
-    ) -> list[GenerateRequest]:
-        """One of our requests for each answer; raises ``RequestError``."""
-        settings, intake = self._controller.settings, self._controller.intake
-        requests = [
-            intake.accept(asgi.validate(GenerateRequest, fields))
-            for fields in asked.as_fields(settings.max_tokens)
-        ]
-        if body_bytes * len(requests) > _BODIES_OF_CHOICES * settings.max_body_bytes:
-            raise TooLarge(
-                f"n: {len(requests)} answers to a body of {body_bytes} bytes are too many.",
-                remedy="Ask for fewer at once.",
-                param="n",
-            )
-        return requests
-
-    def _answered(
-        self,
-        asked: ChatCompletionRequest | CompletionRequest,
-        requests: list[GenerateRequest],
-        request_id: str,
-    ) -> AsyncGenerator[bytes]:
-        streams = [
-            self._controller.generator.stream(
-                request, _dumped(request), f"{request_id}-{index}" if index else request_id
-            )
-            for index, request in enumerate(requests)
-        ]
-        answer = Answer(asked, request_id)
-        return answer.chunks(streams) if asked.stream else answer.whole(streams)
-
-    async def _fetched(
-        self,
-        asked: ChatCompletionRequest | CompletionRequest,
-        requests: list[GenerateRequest],
-        request_id: str,
-    ) -> AsyncGenerator[bytes]:
-        """As ``_answered``, after the images that are named by address have been fetched."""
-        images = {"images": await self._controller.fetcher.fetched(requests[0].images)}
-        whole = [request.model_copy(update=images) for request in requests]
-        async with aclosing(self._answered(asked, whole, request_id)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-
-def _dumped(request: GenerateRequest) -> bytes:
-    return request.model_dump_json(exclude_none=True).encode()
-
-
-async def _cumulative(frames: AsyncGenerator[bytes], prompt: str) -> AsyncGenerator[bytes]:
-    """SSE frames as LLaVA's."""
-    decoder, encoder = SseDecoder(), NulEncoder(prompt)
-    async with aclosing(frames):
-        async for data in frames:
-            out = b"".join(encoder.encode(event) for event in decoder.feed(data))
-            yield asgi.LastChunk(out) if isinstance(data, asgi.LastChunk) else out
-
-
-def _id_header(request_id: str) -> list[tuple[bytes, bytes]]:
-    return [(asgi.REQUEST_ID_HEADER, request_id.encode())]

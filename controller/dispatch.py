@@ -139,6 +139,13 @@ class Dispatcher:
             if not waiter.granted.done():
                 waiter.granted.set_exception(_stopping())
 
+    def place(self, demand: Demand) -> tuple[int, int] | None:
+        """Which place the request of ``demand`` has among those that wait for its model (1: the
+        next), and how many they are; ``None`` when it does not wait."""
+        line = [w.demand for w in self._waiters if w.demand.model == demand.model]
+        found = next((n for n, waiting in enumerate(line, 1) if waiting is demand), None)
+        return None if found is None else (found, len(line))
+
     def statistics(self) -> DispatchStatistics:
         return DispatchStatistics(len(self._waiters), self._waiting_bytes, self._inflight)
 

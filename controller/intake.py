@@ -1,10 +1,11 @@
-"""What a request has to pass before it is admitted: names are resolved, limits are held."""
+"""What a request has to pass before it is admitted: its model may be used, limits are held."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from controller.callers import Caller
 from protocol.errors import InvalidRequest, TooLarge
 from protocol.messages import GenerateRequest, split_model
 
@@ -17,10 +18,11 @@ class Intake:
     max_tokens: int
     aliases: Mapping[str, str]
 
-    def accept(self, request: GenerateRequest) -> GenerateRequest:
+    def accept(self, request: GenerateRequest, caller: Caller) -> GenerateRequest:
         """``request``, the very object where it names its model as the workers do.
 
         Raises:
+            Forbidden: ``caller`` may not use this model.
             TooLarge: too many images.
             InvalidRequest: more tokens than one answer may have.
         """
@@ -37,6 +39,7 @@ class Intake:
                 remedy="Ask for fewer tokens, or raise the controller's --max-tokens.",
                 param="max_tokens",
             )
+        caller.check_model(request.model, request.adapter)
         model = self.resolve(request.model)
         return request if model == request.model else request.model_copy(update={"model": model})
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
 
 import httpx
 from pydantic import ValidationError
 
+from controller import foreign
 from controller.registry import Registry, Replica
 from protocol.errors import InvalidRequest, TandemError, Unsupported, UpstreamLost
 from protocol.messages import (
@@ -19,21 +22,26 @@ from protocol.messages import (
 )
 from transport import tripwire
 from transport.client import Unreachable
-from transport.process import check_address
+from transport.credentials import TOKEN_VARIABLE
+from transport.process import bare, check_address
 
+_LISTENS_S = 0.5  # between two looks whether a worker that registered listens; its lease ends it
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well
 
 
 class Liveness:
     """The registry's hands: everything about membership that needs a network or a clock."""
 
-    def __init__(self, registry: Registry, *, ttl_s: float, heartbeat_s: float) -> None:
+    def __init__(
+        self, registry: Registry, *, ttl_s: float, heartbeat_s: float, headers: Mapping[str, str]
+    ) -> None:
+        """``headers`` go with everything that is sent to workers."""
         self._registry = registry
         self._ttl_s = ttl_s
         self._heartbeat_s = heartbeat_s
         # Workers are this cluster's own: the environment's proxies are for the world outside.
         limits = httpx.Timeout(connect=2, read=5, write=5, pool=5)
-        self._client = httpx.AsyncClient(timeout=limits, trust_env=False)
+        self._client = httpx.AsyncClient(timeout=limits, trust_env=False, headers=headers)
         self._watches: dict[Replica, asyncio.Task[None]] = {}
         self._probes: set[asyncio.Task[bool]] = set()
 
@@ -47,6 +55,7 @@ class Liveness:
         """
         address = _address(registration.worker_name)
         status = await self._dial(address, registration.worker_status)
+        status = foreign.described(status, registration)
         self._registry.register(address, status, check_heart_beat=registration.check_heart_beat)
         return self._lease(exist=True)
 
@@ -130,6 +139,8 @@ class Liveness:
         try:
             status = await self._status(address)
         except httpx.HTTPError as exc:
+            if claimed is not None and foreign.is_foreign(claimed):
+                return foreign.not_yet_listening(claimed)
             raise InvalidRequest(
                 f"No worker can be reached at {address}: {_reason(exc)}.", remedy=remedy
             ) from exc
@@ -155,13 +166,21 @@ class Liveness:
         except (httpx.HTTPError, ValidationError) as exc:
             self._forget(replica, _reason(exc))
             return False
+        self._learn(replica, status)
+        return True
+
+    def _learn(self, replica: Replica, status: WorkerStatus) -> None:
+        status = foreign.as_known(status, replica.status)
         if status.epoch == replica.status.epoch:
             self._registry.renew(replica.address, status, status.queue_length)
         else:
             self._registry.register(replica.address, status)
-        return True
 
     async def _watch(self, replica: Replica) -> None:
+        while not replica.ready and foreign.is_foreign(replica.status):
+            await asyncio.sleep(_LISTENS_S)
+            with suppress(httpx.HTTPError, ValidationError):
+                self._learn(replica, await self._status(replica.address))
         while True:
             try:
                 await tripwire.closed(replica.address)
@@ -179,7 +198,8 @@ class Liveness:
 
 def _address(worker_name: str) -> str:
     try:
-        return check_address(worker_name)
+        # A password in it is for controllers of other makes; ours has the cluster's token.
+        return bare(check_address(worker_name, password=True))
     except ValueError as exc:
         raise InvalidRequest(f"worker_name: {exc}.") from exc
 
@@ -193,5 +213,7 @@ def _reason(exc: Exception) -> str:
     if isinstance(exc, httpx.TransportError | OSError):
         return "the connection broke"
     if isinstance(exc, httpx.HTTPStatusError):
+        if exc.response.status_code == 401:
+            return f"it answers 401, so its {TOKEN_VARIABLE} is not that of this controller"
         return f"it answers {exc.response.status_code}"
     return "its answer cannot be read"

@@ -45,11 +45,12 @@ def describe(app: FastAPI) -> None:
     _add(app, "/v1/chat/completions", ChatCompletionRequest, whole_or_streamed)
     _add(app, "/v1/completions", CompletionRequest, whole_or_streamed)
     _add(app, "/worker_generate_stream", GenerateRequest, (SSE_MEDIA_TYPE, NUL_MEDIA_TYPE))
+    _add(app, "/worker_generate", GenerateRequest, ("application/json",))
 
 
 def _add(app: FastAPI, path: str, body: type[BaseModel], media_types: tuple[str, ...]) -> None:
     async def served_beside(request: BaseModel) -> None:
-        raise NotImplementedError  # transport.asgi.beside takes the request out before
+        raise NotImplementedError  # transport.asgi.Beside takes the request out before
 
     served_beside.__annotations__["request"] = body
     content: dict[str, Any] = {media_type: {"schema": {}} for media_type in media_types}

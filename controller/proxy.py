@@ -12,6 +12,7 @@ from collections import deque
 
 import orjson
 
+from controller import foreign
 from controller.registry import Replica
 from protocol.errors import TandemError, UpstreamLost, from_wire
 from protocol.events import (
@@ -24,8 +25,9 @@ from protocol.events import (
     decode_sse_frame,
     encode_sse,
 )
+from protocol.messages import GenerateRequest
 from transport.asgi import REQUEST_ID_HEADER
-from transport.client import HttpPool, Upstream
+from transport.client import Headers, HttpPool, Upstream
 
 PATH = "/worker_generate_stream"
 
@@ -53,28 +55,33 @@ class Relay:
         self._queue: deque[bytes] = deque()  # frames to be looked at one by one
         self.terminal: Terminal | None = None
 
-    async def open(self, body: bytes, prompt: str, request_id: str) -> None:
-        """Send the request; return when the worker has accepted it.
+    async def open(
+        self, request: GenerateRequest, body: bytes, request_id: str, context: Headers = ()
+    ) -> None:
+        """Send the request, which is ``body`` as JSON; return when the worker has accepted it.
+        ``context`` is its trace's.
 
         Raises:
             TandemError: the worker refuses.
             UpstreamLost: it cannot be reached, or hangs up.
             DeadlineExceeded: it does not answer in time.
         """
+        status = self._replica.status
         self._upstream = await self._pool.open(
             self._replica.address,
             PATH,
-            body,
+            foreign.body_of(request, body) if foreign.is_foreign(status) else body,
             (
                 (b"accept", SSE_MEDIA_TYPE.encode()),
                 (REQUEST_ID_HEADER, request_id.encode()),
+                *context,
             ),
             timeout_s=self._timeout_s,
         )
         if self._upstream.status != 200:
             raise await self._refusal(self._upstream)
         if not self._upstream.headers.get(b"content-type", b"").startswith(SSE_MEDIA_TYPE.encode()):
-            self._foreign = NulDecoder(prompt)
+            self._foreign = NulDecoder(foreign.echoed(request, status), request.stop)
 
     async def read(self) -> bytes:
         """Whole SSE frames, as many as are there; ``terminal`` is set with the last one.

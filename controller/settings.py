@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
-from pydantic_settings import SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import CliSuppress, SettingsConfigDict
 
 from transport.process import ProcessSettings, check_address
+from transport.tls import Tls
 
 
 class ControllerSettings(ProcessSettings):
-    """One controller fronts all workers; clients talk to it and to nothing else."""
+    """One controller fronts all workers; clients talk to it and to nothing else.
+
+    ``python -m controller keys --help`` tells how to make API keys.
+    """
 
     model_config = SettingsConfigDict(cli_prog_name="python -m controller")
 
@@ -65,7 +71,21 @@ class ControllerSettings(ProcessSettings):
         default=None, description="address --register-at reaches this at, if not host:port"
     )
 
-    @field_validator("register_at", "alias", "image_url_host", mode="before")
+    api_key_file: Path | None = Field(
+        default=None, description="file of the API keys that clients need; none: they need no key"
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="origin of web pages that may ask, or *; may repeat"
+    )
+    ssl_certfile: Path | None = Field(
+        default=None, description="certificate (PEM) with its chain: https instead of http"
+    )
+    ssl_keyfile: Path | None = Field(default=None, description="its key, if not in --ssl-certfile")
+    ssl_keyfile_password: CliSuppress[SecretStr | None] = Field(
+        default=None, description="opens --ssl-keyfile"
+    )
+
+    @field_validator("register_at", "cors_origins", "alias", "image_url_host", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return value.split(",") if isinstance(value, str) else value
@@ -73,12 +93,37 @@ class ControllerSettings(ProcessSettings):
     @field_validator("register_at")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_address(address) for address in value)
+        return tuple(check_address(address, https=True) for address in value)
 
     @field_validator("own_address")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        return None if value is None else check_address(value)
+        return None if value is None else check_address(value, password=True)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            parts = urlsplit(origin)
+            whole = f"{parts.scheme}://{parts.netloc}"
+            if origin != "*" and (origin != whole or not parts.scheme or not parts.netloc):
+                raise ValueError(f"{origin!r} is not an origin like https://chat.example.org")
+        return value
+
+    @model_validator(mode="after")
+    def _https(self) -> Self:
+        if self.ssl_certfile is None and self.ssl_keyfile is not None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        if self.ssl_certfile is not None and self.register_at:
+            raise ValueError("--register-at is for a controller that speaks http, as workers do")
+        return self
+
+    @property
+    def tls(self) -> Tls | None:
+        """The files for https, if it is asked for."""
+        if self.ssl_certfile is None:
+            return None
+        return Tls(self.ssl_certfile, self.ssl_keyfile, self.ssl_keyfile_password)
 
     @field_validator("alias")
     @classmethod

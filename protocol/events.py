@@ -214,13 +214,32 @@ class NulEncoder:
         return orjson.dumps(frame) + b"\0"
 
 
-class NulDecoder:
-    """Bytes of LLaVA's, FastChat's or our own cumulative frames, split anywhere, to events."""
+_CODES = {
+    2: "no_replica",  # LLaVA's controller; the next one, too
+    3: "upstream_lost",
+    40303: "context_overflow",  # FastChat's
+    42901: "rate_limited",
+    42903: "overloaded",
+    50002: "out_of_memory",
+    50005: "no_replica",
+    50006: "upstream_lost",
+}
+"""Error codes of others that say as much as one of ours."""
 
-    def __init__(self, prompt: str) -> None:
+
+class NulDecoder:
+    """Bytes of LLaVA's, FastChat's or our own cumulative frames, split anywhere, to events.
+
+    A text that contains one of ``stops`` ends there, whatever its worker makes of it.
+    """
+
+    def __init__(self, prompt: str, stops: tuple[str, ...] = ()) -> None:
         self._buffer = b""
         self._prompt = prompt
-        self._seen: str | None = None  # the cumulative text so far; None before the first frame
+        self._stops = stops
+        self._echoed: str | None = None  # what comes before the answer; None before a frame
+        self._answer = ""  # as far as it came
+        self._sent = ""  # as far as it was passed on
         self._names_its_end = False  # this worker sends finish_reason: its silence is a loss
         self._done = False
 
@@ -239,10 +258,10 @@ class NulDecoder:
 
     def end(self) -> list[Event]:
         """The events due when the body ended cleanly: a LLaVA worker says "done" only so."""
-        if self._done or self._names_its_end or self._buffer or self._seen is None:
+        if self._done or self._names_its_end or self._buffer or self._echoed is None:
             return []
         self._done = True
-        return [Finished(reason="stop")]
+        return [*self._pass_on(self._answer), Finished(reason="stop")]
 
     def _decode(self, frame: bytes) -> list[Event]:
         try:
@@ -260,33 +279,68 @@ class NulDecoder:
         self._names_its_end |= "finish_reason" in fields
         if error_code:
             self._done = True
-            error = fields.get("error") or {}
-            return [
-                Failed(
-                    code=error.get("code", "engine_failed"),
-                    message=error.get("message", text or "The worker reported an error."),
-                    remedy=error.get("remedy", "Look into the worker's log; it names the cause."),
-                )
-            ]
-        events: list[Event] = []
+            return [_failed(fields, error_code)]
         if not isinstance(text, str):
             raise UpstreamLost("the worker sent a frame without text")
-        if self._seen is None:  # LLaVA echoes the prompt, FastChat need not
-            self._seen = self._prompt if text.startswith(self._prompt) else ""
-        if not text.startswith(self._seen):
+        if self._echoed is None:  # LLaVA echoes the prompt, FastChat need not
+            self._echoed = self._prompt if text.startswith(self._prompt) else ""
+        if not text.startswith(self._echoed + self._sent):
             raise UpstreamLost("the worker took back text it had already sent")
-        if len(text) > len(self._seen) or token_ids:
-            delta = Delta(text=text[len(self._seen) :], token_ids=token_ids, logprobs=listed)
-            self._seen = text
-            events.append(delta)
-        if finish_reason:
+        answer, stopped = _cut(text[len(self._echoed) :], self._stops)
+        self._answer = answer
+        if not finish_reason and not stopped:
+            answer = _settled(answer, self._stops, tidied="usage" in fields and not token_ids)
+        events = self._pass_on(answer, token_ids, listed)
+        if finish_reason or stopped:
             self._done = True
             events.append(
                 Finished(
-                    reason="length" if finish_reason == "length" else "stop",
+                    reason="length" if finish_reason == "length" and not stopped else "stop",
                     prompt_tokens=usage.get("prompt_tokens", 0),
                     completion_tokens=usage.get("completion_tokens", 0),
                     cached_tokens=usage.get("cached_tokens", 0),
                 )
             )
         return events
+
+    def _pass_on(
+        self,
+        answer: str,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> list[Event]:
+        """What is new in ``answer``, if anything is."""
+        new = answer[len(self._sent) :]
+        if not new and not token_ids:
+            return []
+        self._sent += new
+        return [Delta(text=new, token_ids=token_ids, logprobs=logprobs)]
+
+
+def _failed(fields: dict[str, Any], error_code: int) -> Failed:
+    error = fields.get("error") or {}
+    text = fields["text"] or "The worker reported an error."
+    return Failed(
+        code=error.get("code", _CODES.get(error_code, "engine_failed")),
+        message=error.get("message", text),
+        remedy=error.get("remedy", "Look into the worker's log; it names the cause."),
+    )
+
+
+def _cut(answer: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """``answer`` up to the first of ``stops``, and whether there is one."""
+    found = [at for at in map(answer.find, stops) if at >= 0]
+    return (answer[: min(found)], True) if found else (answer, False)
+
+
+def _settled(answer: str, stops: tuple[str, ...], *, tidied: bool) -> str:
+    """``answer`` without the end that its worker may yet take back: half a character, the
+    beginning of a stop string and, where FastChat tidies up spaces, those."""
+    answer = answer.rstrip("\ufffd")
+    if tidied:
+        answer = answer.rstrip()
+    longest = max(map(len, stops), default=0)
+    for size in range(min(longest - 1, len(answer)), 0, -1):
+        if any(stop.startswith(answer[-size:]) for stop in stops):
+            return answer[:-size]
+    return answer

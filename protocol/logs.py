@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import re
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,13 +19,18 @@ FIELDS = (
     "worker_id",
     "address",
     "model",
+    "key",
     "kind",
     "outcome",
+    "status",
+    "path",
     "waited_s",
     "ttft_s",
     "duration_s",
-    "tokens",
+    "prompt_tokens",
     "cached_tokens",
+    "tokens",
+    "tries",
     "queue_depth",
     "state",
     "reason",
@@ -46,6 +52,16 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     }
 
 
+_PLAIN = re.compile(r"[^\s'\"\\=]+")
+
+
+def _shown(value: object) -> str:
+    """A field's value in a line of text. What a client named with line breaks, escape sequences
+    or ``outcome=stop`` in it is quoted, so that it forges neither a line nor a field."""
+    text = str(value)
+    return text if text.isprintable() and _PLAIN.fullmatch(text) else repr(text)
+
+
 class TextFormatter(logging.Formatter):
     """``2026-05-01 12:30:01 INFO controller finished outcome=stop ttft_s=0.12`` for people."""
 
@@ -54,7 +70,15 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record)
-        return " ".join([line, *(f"{name}={value}" for name, value in _fields(record).items())])
+        fields = _fields(record).items()
+        return " ".join([line, *(f"{name}={_shown(value)}" for name, value in fields)])
+
+
+_UNPRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -70,7 +94,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
-        return orjson.dumps(entry, default=str).decode()
+        line = orjson.dumps(entry, default=str).decode()
+        # JSON itself escapes only what is below a space; terminals obey more, and so do some who
+        # split lines.
+        return line if line.isprintable() else _UNPRINTABLE.sub(_escaped, line)
 
 
 def configure(*, level: str = "INFO", as_json: bool = False) -> None:

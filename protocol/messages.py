@@ -97,14 +97,19 @@ class SamplingParams(Message):
     """How tokens are chosen and when the answer ends.
 
     ``temperature`` 0 is greedy; the defaults are LLaVA's. ``max_new_tokens`` counts
-    ``resume_token_ids`` too.
+    ``resume_token_ids`` too. The penalties regard the tokens of the answer, resumed ones included,
+    and not the prompt's: OpenAI's two are subtracted from a token's score, ``presence_penalty``
+    once and ``frequency_penalty`` for each time it has come; then the repetition penalty divides
+    (or, below 0, multiplies) it.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: the likeliest token only")
-    top_k: int = Field(default=0, ge=0, description="0: no limit")
+    top_k: int = Field(default=0, ge=0, lt=2**30, description="0: no limit")  # SGLang's int32
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=2)  # else float32 overflows
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     max_new_tokens: int = Field(default=256, ge=1, le=1_000_000)
     stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -112,12 +117,24 @@ class SamplingParams(Message):
     json_schema: str | None = None
     regex: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: object) -> object:
+        """OpenAI's and FastChat's clients send null for what they leave to the server."""
+        if isinstance(data, dict):
+            return {name: value for name, value in data.items() if value is not None}
+        return data
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _no_limit(cls, value: object) -> object:
+        """FastChat's word for it is -1."""
+        return 0 if value == -1 else value
+
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
-        """LLaVA sends one string, OpenAI a list, both send null; an empty stop means none."""
-        if value is None:
-            return ()
+        """LLaVA sends one string, OpenAI a list; an empty stop means none."""
         if isinstance(value, str):
             return (value,) if value else ()
         return value
@@ -142,7 +159,7 @@ class GenerateRequest(SamplingParams):
     ``images`` are base64 or ``data:`` URIs, in the order of their placeholders. ``kind`` asks for
     replicas of one worker kind; ``adapter`` may also be a part of ``model``, as ``base:adapter``.
     ``resume_token_ids`` are tokens already generated elsewhere: the worker goes on after them as
-    if it had made them itself (law L8).
+    if it had made them itself (law L8). ``echo`` is FastChat's field; LLaVA has none and echoes.
     """
 
     model: str = Field(min_length=1, max_length=512)
@@ -153,11 +170,7 @@ class GenerateRequest(SamplingParams):
     kind: str | None = None
     request_id: str | None = Field(default=None, max_length=128, pattern=r"^[\x21-\x7e]+$")
     resume_token_ids: tuple[int, ...] = ()
-
-    @field_validator("images", mode="before")
-    @classmethod
-    def _null_is_none(cls, value: object) -> object:
-        return () if value is None else value
+    echo: bool = Field(default=True, description="NUL-delimited frames begin with the prompt")
 
     @model_validator(mode="after")
     def _consistent(self) -> GenerateRequest:
@@ -204,6 +217,9 @@ class GenerateRequest(SamplingParams):
             "logprobs": self.logprobs is not None,
             "seed": self.seed is not None,
             "resume": bool(self.resume_token_ids),
+            "sampling": self.top_k > 0 or self.repetition_penalty != 1.0,
+            "min_p": self.min_p > 0,
+            "penalties": self.presence_penalty != 0 or self.frequency_penalty != 0,
         }
         return frozenset(name for name, needed in wanted.items() if needed)
 
@@ -218,7 +234,10 @@ class WorkerState(StrEnum):
 
 
 class Capabilities(Message):
-    """What a replica can do beyond a ready prompt in, text out."""
+    """What a replica can do beyond a ready prompt in, text out.
+
+    The last three are what the workers of others lack.
+    """
 
     chat: bool = False  # knows its chat template, so takes messages
     images: bool = False
@@ -227,10 +246,19 @@ class Capabilities(Message):
     logprobs: bool = False
     seed: bool = False
     resume: bool = False
+    sampling: bool = True  # beyond temperature and top_p
+    min_p: bool = True
+    penalties: bool = True  # presence and frequency
 
     def missing(self, needs: frozenset[str]) -> list[str]:
         """Those of ``needs`` this replica lacks, sorted."""
         return sorted(name for name in needs if not getattr(self, name, False))
+
+
+LLAVA = Capabilities(images=True, sampling=False, min_p=False, penalties=False)
+"""What LLaVA's worker can do, which does not say so."""
+FASTCHAT = Capabilities(min_p=False, penalties=False)
+"""What FastChat's can, which sees pictures if it registers as ``multimodal``."""
 
 
 class CacheStatus(Message):
@@ -262,7 +290,7 @@ class WorkerStatus(Message):
     waiting: int = Field(default=0, ge=0)
     context_length: int | None = None
     image_tokens: int = Field(default=576, ge=0, description="tokens per image, for estimates")
-    capabilities: Capabilities = Capabilities(images=True)
+    capabilities: Capabilities = LLAVA
     precision: str | None = None
     weight_bytes: int | None = Field(default=None, description="that the weights take")
     unquantized_bytes: int | None = Field(
@@ -311,6 +339,9 @@ class Registration(Message):
     worker_name: str
     check_heart_beat: bool = True
     worker_status: WorkerStatus | None = None
+    multimodal: bool | None = Field(
+        default=None, description="whether FastChat's worker sees pictures; no one else says so"
+    )
     protocol_version: int = 0
 
 

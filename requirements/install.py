@@ -71,7 +71,7 @@ def main() -> None:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "-qq", UV], check=True)
     config = subprocess.run([*pip, "config", "list"], check=True, capture_output=True, text=True)
-    print(f"Installing {lock}: some GB the first time, minutes on a slow line", flush=True)
+    print(f"Installing {lock}: minutes the first time on a slow line", flush=True)
     uv = [str(venv / "bin" / "uv"), "pip", "install", "--python", str(python)]
     subprocess.run(
         [*uv, "-r", str(lock), *sys.argv[3:]],

@@ -15,13 +15,34 @@ from uuid import uuid4
 
 import orjson
 from anyio import CancelScope
+from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import InvalidRequest, TandemError
+from protocol.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MethodNotAllowed,
+    TandemError,
+    TooLarge,
+)
 from protocol.events import SSE_MEDIA_TYPE
 
 REQUEST_ID_HEADER = b"x-request-id"
+
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+)
+"""On every answer: it is data for whoever asked, never a page, and nobody else's to keep."""
+
+CONTROL_BODY_BYTES = 1 << 20
+"""The largest body of a route that FastAPI serves; it would read one of any size."""
+
+BODY_PAUSE_S = 30.0
+"""The longest silence of a client inside its request."""
 
 _NO_SUCH_FIELD = "there is no such field here"
 
@@ -39,28 +60,86 @@ def accepts_sse(scope: Scope) -> bool:
 
 
 def request_id(scope: Scope) -> str:
-    """The client's ``X-Request-Id`` if it is printable ASCII of sane length, else a new one."""
-    given = (header(scope, REQUEST_ID_HEADER) or b"").decode("ascii", "ignore")
-    return given if 0 < len(given) <= 128 and given.isprintable() else uuid4().hex
+    """The client's ``X-Request-Id`` if it is printable ASCII of sane length, else a new one.
+
+    The same at every call: it is kept in the request's state.
+    """
+    state: dict[str, Any] = scope.setdefault("state", {})
+    if "request_id" not in state:
+        given = (header(scope, REQUEST_ID_HEADER) or b"").decode("ascii", "ignore")
+        sane = 0 < len(given) <= 128 and given.isprintable()
+        state["request_id"] = given if sane else uuid4().hex
+    known: str = state["request_id"]
+    return known
 
 
-def beside(app: ASGIApp, streams: Mapping[str, ASGIApp]) -> ASGIApp:
-    """``app`` with POSTs to the paths of ``streams`` taken out before its middleware, which would
-    cost every chunk several calls."""
+def id_header(request_id: str) -> tuple[bytes, bytes]:
+    return (REQUEST_ID_HEADER, request_id.encode())
 
-    async def route(scope: Scope, receive: Receive, send: Send) -> None:
-        posted = scope["type"] == "http" and scope["method"] == "POST"
-        await (streams.get(scope["path"], app) if posted else app)(scope, receive, send)
 
-    return route
+class Beside:
+    """``app`` with the paths of ``streams``, which are POSTed to, taken out before its middleware:
+    that would cost every chunk several calls."""
+
+    def __init__(self, app: FastAPI, streams: Mapping[str, ASGIApp]) -> None:
+        self.app = app
+        self.streams = streams
+        self._plain = _Plain(app)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = self.streams.get(scope["path"]) if scope["type"] == "http" else None
+        if stream is None:
+            await self._plain(scope, receive, send)
+        elif scope["method"] == "POST":
+            await stream(scope, receive, send)
+        else:
+            error = MethodNotAllowed(f"{scope['path']} takes POST, not {scope['method']}.")
+            headers = [(b"allow", b"POST"), id_header(request_id(scope))]
+            await send_error(send, error, headers)
+
+
+class _Plain:
+    """FastAPI's routes with a limit to their bodies, and our headers on their answers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        own = [id_header(request_id(scope)), *SECURITY_HEADERS]
+        try:
+            body = await read_body(scope, receive, limit_bytes=CONTROL_BODY_BYTES)
+        except ClientLeft:
+            return
+        except TandemError as error:
+            await send_error(send, error, own[:1])
+            return
+        unread = [body]
+
+        async def replay() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            return await receive()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                given = {name for name, _ in message["headers"]}
+                added = [(name, value) for name, value in own if name not in given]
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        await self._app(scope, replay, send_with_headers)
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> bytes:
     """The whole body.
 
     Raises:
-        InvalidRequest: it is larger than ``limit_bytes``; refused from its declared length before
-            it is read, or as soon as it grows too large.
+        TooLarge: it is larger than ``limit_bytes``; refused from its declared length before it is
+            read, or as soon as it grows too large.
+        DeadlineExceeded: nothing more of it came for ``BODY_PAUSE_S``.
         ClientLeft: the client went away while sending.
     """
     declared = header(scope, b"content-length") or b""
@@ -69,7 +148,14 @@ async def read_body(scope: Scope, receive: Receive, *, limit_bytes: int) -> byte
     pieces: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(BODY_PAUSE_S):
+                message = await receive()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"Nothing more of the body has come for {BODY_PAUSE_S:g} s.",
+                remedy="Send the whole body at once; its length may be declared wrongly.",
+            ) from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         piece = message.get("body", b"")
@@ -89,10 +175,10 @@ class ClientLeft(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 
-def _too_large(size: int, limit: int) -> InvalidRequest:
-    return InvalidRequest(
+def _too_large(size: int, limit: int) -> TooLarge:
+    return TooLarge(
         f"The body has {size} bytes or more; the limit is {limit}.",
-        remedy="Send smaller or fewer images, or raise --max-body-bytes.",
+        remedy="Send smaller or fewer images, or have --max-body-bytes raised.",
     )
 
 
@@ -152,6 +238,7 @@ async def send_json(send: Send, status: int, body: object, headers: Headers = ()
         "headers": [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(data)),
+            *SECURITY_HEADERS,
             *headers,
         ],
     }
@@ -218,7 +305,7 @@ def _start(media_type: str, headers: Headers) -> Message:
         "status": 200,
         "headers": [
             (b"content-type", media_type.encode()),
-            (b"cache-control", b"no-cache"),
+            *SECURITY_HEADERS,
             (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
             *headers,
         ],

@@ -212,7 +212,9 @@ class Upstream(asyncio.Protocol):
 class HttpPool:
     """Connections to many origins, kept alive between requests."""
 
-    def __init__(self, *, connect_timeout_s: float = 2.0) -> None:
+    def __init__(self, *, connect_timeout_s: float = 2.0, headers: Headers = ()) -> None:
+        """``headers`` go with every request."""
+        self._headers = tuple(headers)
         self._connect_timeout_s = connect_timeout_s
         self._idle: defaultdict[str, list[Upstream]] = defaultdict(list)
 
@@ -233,7 +235,7 @@ class HttpPool:
             DeadlineExceeded: no response within ``timeout_s``.
             ValueError: ``base_url`` is not ``http://host:port``.
         """
-        request = _request(base_url, path, body, headers)
+        request = _request(base_url, path, body, (*self._headers, *headers))
         if (upstream := self._take(base_url)) is not None:
             try:
                 return await self._started(upstream, request, timeout_s)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 
 import httpx
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from protocol.messages import PROTOCOL_VERSION, Heartbeat, Lease, Registration, WorkerStatus
-from transport import tripwire
+from transport import credentials, tripwire
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,14 @@ class Membership:
         status: Callable[[], WorkerStatus | None],
         *,
         heartbeat_s: float | None = None,
+        token: SecretStr | None = None,
     ) -> None:
         self._controller = controller_address.rstrip("/")
         self._worker_address = worker_address
         self._status = status
         self._heartbeat_s = heartbeat_s  # None: as the controller's lease says
+        self._headers = credentials.headers(token)
+        self._tls: ssl.SSLContext | None = None
         self._beat_now = asyncio.Event()
         self._told = asyncio.Event()  # the controller knows of the last change
 
@@ -61,7 +65,16 @@ class Membership:
         complaint = ""
         limits = httpx.Timeout(connect=2, read=10, write=5, pool=5)
         # The controller is this cluster's own: no proxy of the environment is asked.
-        client = httpx.AsyncClient(base_url=self._controller, timeout=limits, trust_env=False)
+        if self._controller.startswith("https:"):
+            # Unlike httpx's own, it knows this machine's authorities and SSL_CERT_FILE.
+            self._tls = await asyncio.to_thread(ssl.create_default_context)
+        client = httpx.AsyncClient(
+            base_url=self._controller,
+            headers=self._headers,
+            timeout=limits,
+            trust_env=False,
+            verify=self._tls or True,
+        )
         async with client:
             while True:
                 try:
@@ -117,7 +130,7 @@ class Membership:
 
     async def _renew(self, client: httpx.AsyncClient, lease: Lease) -> None:
         """Heartbeats until the controller forgets us or goes away."""
-        wire = asyncio.ensure_future(tripwire.closed(self._controller))
+        wire = asyncio.ensure_future(tripwire.closed(self._controller, tls=self._tls))
         try:
             while lease.exist:
                 wake = asyncio.ensure_future(self._beat_now.wait())

@@ -5,10 +5,12 @@ Exit codes: 0 a clean stop, 2 a bad setting, 3 could not start, 70 the engine di
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import errno
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,11 +21,13 @@ from typing import Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, CliApp, CliSuppress, SettingsConfigDict, SettingsError
 from starlette.types import ASGIApp
 
 from protocol import logs
+from transport.credentials import TOKEN_VARIABLE, is_loopback
+from transport.tls import Tls
 
 _ACCEPTS_PER_TURN = 16
 
@@ -31,7 +35,10 @@ EXIT_USAGE = 2
 EXIT_START_FAILED = 3
 EXIT_ENGINE_DIED = 70
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_TOKEN_CHARACTERS = 16
+_MAKE_TOKEN = (
+    f"export {TOKEN_VARIABLE}=$(python3 -c 'import secrets; print(secrets.token_urlsafe(32))')"
+)
 
 log = logging.getLogger("tandem")
 
@@ -50,11 +57,52 @@ class ProcessSettings(BaseSettings):
         nested_model_default_partial_update=False,
     )
 
+    cluster_token: CliSuppress[SecretStr | None] = Field(
+        default=None, description="what processes and operators of this cluster show each other"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", description="least severe entry that is logged"
     )
     log_json: bool = Field(default=False, description="log one JSON object a line")
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry collector to send traces to, such as http://127.0.0.1:4318",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        return None if value is None else check_collector(value)
+
+    @field_validator("cluster_token")
+    @classmethod
+    def _hard_to_guess(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        token = value.get_secret_value()
+        if len(token) < _TOKEN_CHARACTERS or not (token.isascii() and token.isprintable()):
+            raise ValueError(
+                f"a token has at least {_TOKEN_CHARACTERS} characters, all printable ASCII; "
+                f"make one: {_MAKE_TOKEN}"
+            )
+        return value
+
+    @field_validator("host")
+    @classmethod
+    def _guarded(cls, value: str, info: ValidationInfo) -> str:
+        # A token that is refused is missing from info, and has a sentence of its own.
+        if not is_loopback(value) and info.data.get("cluster_token", "refused") is None:
+            raise ValueError(
+                f"other machines could reach {value or 'every address'} and command this process; "
+                f"give the controller, the workers and yourself one token first: {_MAKE_TOKEN}"
+            )
+        return value
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the process."""
+        return is_loopback(self.host)
 
 
 S = TypeVar("S", bound=ProcessSettings)
@@ -67,19 +115,36 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, **extra: Any) -> S:
     as they say, and they are logged once, secrets masked.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    secrets = [name for name, field in cls.model_fields.items() if _HIDDEN in field.metadata]
+    for flag in (_flag(name) for name in secrets):
+        if any(arg == flag or arg.startswith(f"{flag}=") for arg in args):
+            variable = flag[2:].replace("-", "_").upper()
+            usage_error(
+                f"{flag} is no flag, as everybody on this machine could read it; "
+                f"export TANDEM_{variable} instead."
+            )
     try:
         settings = CliApp.run(cls, cli_args=args, **extra)
     except ValidationError as exc:
         for error in exc.errors(include_url=False, include_input=False):
-            flag = "--" + str(error["loc"][0]).replace("_", "-") if error["loc"] else "settings"
-            _complain(f"{flag}: {error['msg'].removeprefix('Value error, ')}")
+            name = str(error["loc"][0]) if error["loc"] else ""
+            shown = f"TANDEM_{name.upper()}" if name in secrets else _flag(name)
+            text = error["msg"].removeprefix("Value error, ")
+            _complain(f"{shown if name else 'settings'}: {text}")
         raise SystemExit(EXIT_USAGE) from None
     except SettingsError as exc:
         usage_error(str(exc))
     logs.configure(level=settings.log_level, as_json=settings.log_json)
-    # model_dump_json masks SecretStr fields.
-    log.info("settings %s", settings.model_dump_json())
+    # model_dump_json masks SecretStr fields; an address may hold a password, too.
+    log.info("settings %s", re.sub(r"//[^/@\"]+@", "//***@", settings.model_dump_json()))
     return settings
+
+
+_HIDDEN = argparse.SUPPRESS  # how CliSuppress marks a field
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def usage_error(sentence: str) -> NoReturn:
@@ -129,28 +194,56 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
-def address_of(sock: socket.socket) -> str:
+def address_of(sock: socket.socket, *, scheme: str = "http") -> str:
     """``http://host:port`` at which ``sock`` is reached from this machine."""
     host, port = sock.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def check_address(address: str) -> str:
-    """``address`` without its trailing slash.
+def check_address(address: str, *, https: bool = False, password: bool = False) -> str:
+    """``address`` without its trailing slash; ``https`` and ``password`` say what it may have.
 
     Raises:
         ValueError: it is not ``http://host:port``.
     """
     parts = urlsplit(address.rstrip("/"))
     try:
-        valid = parts.scheme == "http" and bool(parts.hostname) and parts.port is not None
+        valid = bool(parts.hostname) and (
+            (parts.scheme == "http" and parts.port is not None)
+            or (https and parts.scheme == "https" and parts.port != 0)
+        )
     except ValueError:  # a port that is no number, or above 65535
         valid = False
     if not valid:
-        raise ValueError(f"{address!r} is not an address like http://127.0.0.1:21001")
+        raise ValueError(f"{bare(address)!r} is not an address like http://127.0.0.1:21001")
+    if not password and parts.netloc != bare(address).partition("://")[2].partition("/")[0]:
+        raise ValueError(f"leave the password out of {bare(address)}, and set {TOKEN_VARIABLE}")
     return address.rstrip("/")
+
+
+def bare(address: str) -> str:
+    """``address`` as it may be shown: without a user and a password."""
+    return re.sub(r"//[^/@]*@", "//", address)
+
+
+def check_collector(endpoint: str) -> str:
+    """``endpoint`` as it is.
+
+    Raises:
+        ValueError: it is not an address of HTTP, or holds a password, which would be logged.
+    """
+    parts = urlsplit(endpoint)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or above 65535
+        valid = False
+    if "@" in parts.netloc:
+        raise ValueError("give a password in OTEL_EXPORTER_OTLP_HEADERS, not in the address")
+    if not valid or parts.query or parts.fragment:
+        raise ValueError(f"{endpoint!r} is not an address like http://127.0.0.1:4318")
+    return endpoint
 
 
 class _Server(uvicorn.Server):
@@ -164,18 +257,22 @@ class _Server(uvicorn.Server):
 class Server:
     """A uvicorn server on a bound socket, started and stopped by its owner."""
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, *, grace_s: float) -> None:
+    def __init__(
+        self, app: ASGIApp, sock: socket.socket, *, grace_s: float, tls: Tls | None = None
+    ) -> None:
         config = uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             server_header=False,
             http="httptools",
+            ws="none",
             proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(grace_s)),
             lifespan="off",
             backlog=4096,
+            **(tls.options() if tls is not None else {}),
         )
         self._uvicorn = _Server(config)
         # uvloop accepts one connection a turn of the loop for each socket it watches. Under load
@@ -184,11 +281,19 @@ class Server:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Return when requests are accepted."""
+        """Return when requests are accepted; cancelled, it leaves nothing that listens."""
         self._task = asyncio.create_task(self._uvicorn.serve(sockets=self._socks))
+        try:
+            await self._started(self._task)
+        except asyncio.CancelledError:
+            await self._started(self._task)  # uvicorn gives back only what it has finished taking
+            await self.kill()
+            raise
+
+    async def _started(self, task: asyncio.Task[None]) -> None:
         while not self._uvicorn.started:
-            if self._task.done():
-                self._task.result()
+            if task.done():
+                task.result()
                 raise RuntimeError("the server ended while it was starting")
             await asyncio.sleep(0.005)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from protocol.events import Delta, Finished
-from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from protocol.messages import CacheStatus, Capabilities, ChatMessage, GenerateRequest
 from workers.images import Picture
 
 Progress = Callable[[str], None]
@@ -64,6 +64,24 @@ class Engine(Protocol):
             AdapterNotFound, ContextOverflow, InvalidRequest, Unsupported: the request cannot be
                 served.
             EngineFailed, OutOfMemory: it could not be served.
+        """
+        ...
+
+    async def count_tokens(self, text: str) -> int:
+        """How many tokens a ready prompt has, each ``<image>`` an image of the usual size.
+
+        Raises:
+            EngineFailed: it is not running.
+        """
+        ...
+
+    async def write(self, turns: Sequence[ChatMessage]) -> str:
+        """The ready prompt that is read as these turns: what the chat template makes of them,
+        without what the tokenizer puts before every prompt, and ``<image>`` for each image.
+
+        Raises:
+            InvalidRequest, Unsupported: there is no chat template, or it refuses the turns.
+            EngineFailed: the engine is not running.
         """
         ...
 

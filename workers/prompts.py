@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol.errors import InvalidRequest, Unsupported
-from protocol.messages import IMAGE_PLACEHOLDER, ChatMessage, GenerateRequest, TextPart
+from protocol.messages import IMAGE_PLACEHOLDER, ChatMessage, GenerateRequest, ImagePart, TextPart
 
 ApplyTemplate = Callable[[list[dict[str, Any]]], str]
 
@@ -69,6 +69,37 @@ def _turn(turn: ChatMessage, *, as_parts: bool) -> dict[str, Any]:
         return {"role": turn.role, "content": [part.model_dump() for part in parts]}
     text = "".join(part.text for part in parts if isinstance(part, TextPart))
     return {"role": turn.role, "content": text}
+
+
+def write(
+    turns: Sequence[ChatMessage],
+    *,
+    tokenizer: Any,
+    image_token: str | None,
+    apply_template: ApplyTemplate | None,
+) -> str:
+    """The prompt that is read as ``turns``; ``Engine.write``, which says what is raised."""
+    images = sum(isinstance(part, ImagePart) for turn in turns for part in turn.parts)
+    request = GenerateRequest(model="any", messages=tuple(turns), images=("",) * images)
+    text = render(request, image_token=image_token, apply_template=apply_template).text
+    text = text.removeprefix(_opening(tokenizer))
+    return text if image_token is None else text.replace(image_token, IMAGE_PLACEHOLDER)
+
+
+def _opening(tokenizer: Any) -> str:
+    """What the tokenizer puts before every prompt: the beginning-of-sequence token, or nothing."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = next((at for at in range(len(ids)) if ids[at : at + len(plain)] == plain), 0)
+    text: str = tokenizer.decode(ids[:before]) if before else ""
+    return text
+
+
+def count_tokens(text: str, *, tokenizer: Any, image_tokens: int) -> int:
+    """The tokens of a prompt with images of ``image_tokens`` each."""
+    first, *rest = text.split(IMAGE_PLACEHOLDER)
+    count = len(tokenizer(first)["input_ids"]) + image_tokens * len(rest)
+    return count + sum(len(tokenizer(r, add_special_tokens=False)["input_ids"]) for r in rest)
 
 
 def template_of(*owners: Any) -> ApplyTemplate | None:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from protocol.errors import TandemError
-from transport import process
+from transport import process, tracing
+from transport.credentials import Guard, is_loopback
 from transport.membership import Membership
 from workers.engine import Engine
 from workers.server import create_app
@@ -41,7 +42,13 @@ class _Worker:
         self._shell = Shell(engine, engine.kind, self._worker_id(), settings, self._announce)
         addresses = () if settings.no_register else settings.controller_address
         self._memberships = [
-            Membership(address, self._address, self._shell.status, heartbeat_s=settings.heartbeat_s)
+            Membership(
+                address,
+                self._address,
+                self._shell.status,
+                heartbeat_s=settings.heartbeat_s,
+                token=settings.cluster_token,
+            )
             for address in addresses
         ]
 
@@ -49,14 +56,21 @@ class _Worker:
         if self._settings.worker_id is not None:
             return self._settings.worker_id
         host, port = self._sock.getsockname()[:2]
-        place = "" if host in process.LOOPBACK else f"{socket.gethostname()}-"
+        place = "" if is_loopback(host) else f"{socket.gethostname()}-"
         return f"{self._engine.kind}-{place}{port}"
 
     async def run(self, stop: process.StopSignal) -> int:
         """Returns the exit code of the process."""
-        server = process.Server(create_app(self._shell), self._sock, grace_s=1)
+        settings = self._settings
+        tracer = await tracing.connect(
+            settings.otlp_endpoint, service="tandem-worker", instance=self._shell.worker_id
+        )
+        self._shell.tracer = tracer
+        app = Guard(create_app(self._shell), settings.cluster_token, local=settings.local)
+        server = process.Server(app, self._sock, grace_s=1)
         await server.start()
-        log.info("listening", extra={"address": self._address, "kind": self._engine.kind})
+        address = process.bare(self._address)
+        log.info("listening", extra={"address": address, "kind": self._engine.kind})
         tasks = [asyncio.create_task(m.run()) for m in self._memberships]
         try:
             return await self._work(stop)
@@ -66,6 +80,8 @@ class _Worker:
             await asyncio.gather(*tasks, return_exceptions=True)
             await server.kill()
             await self._engine.aclose()
+            if tracer is not None:
+                await tracer.aclose()
 
     def _announce(self) -> None:
         """Tell the controllers of a change of state at once."""

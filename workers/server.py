@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from protocol.errors import TandemError
 from protocol.events import (
@@ -22,11 +23,18 @@ from protocol.events import (
 )
 from protocol.logs import request_id_var
 from protocol.messages import AdapterSource, GenerateRequest, WorkerState, WorkerStatus
-from transport import asgi, refusals
+from transport import asgi, fastchat, refusals
+from transport.tracing import Headers
 from workers.shell import Shell
 
 
-def create_app(shell: Shell) -> ASGIApp:
+class ReadyPrompt(BaseModel):
+    """The body of FastChat's ``/count_token``."""
+
+    prompt: str
+
+
+def create_app(shell: Shell) -> asgi.Beside:
     """All routes over ``shell``."""
     app = FastAPI(title="Tandem worker", openapi_url=None)
     refusals.install(app)
@@ -47,7 +55,7 @@ def create_app(shell: Shell) -> ASGIApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await shell.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.post("/drain")
     async def drain() -> WorkerStatus:
@@ -78,24 +86,55 @@ def create_app(shell: Shell) -> ASGIApp:
         await shell.unload_adapter(name)
         return shell.status()
 
-    return asgi.beside(app, {"/worker_generate_stream": _GenerateStream(shell)})
+    _fastchat_routes(app, shell)
+    return asgi.Beside(
+        app,
+        {
+            "/worker_generate_stream": _Generate(shell, whole=False),
+            "/worker_generate": _Generate(shell, whole=True),
+        },
+    )
 
 
-class _GenerateStream:
-    """``POST /worker_generate_stream`` as a raw ASGI endpoint."""
+def _fastchat_routes(app: FastAPI, shell: Shell) -> None:
+    @app.post("/worker_get_conv_template")
+    async def conv_template() -> dict[str, Any]:
+        return {"conv": await shell.fastchat.template()}
 
-    def __init__(self, shell: Shell) -> None:
+    @app.post("/count_token")
+    async def count_token(body: ReadyPrompt) -> dict[str, int]:
+        return {"count": await shell.fastchat.count_tokens(body.prompt), "error_code": 0}
+
+    @app.post("/model_details")
+    async def model_details() -> dict[str, int]:
+        return {"context_length": shell.fastchat.context_length()}
+
+
+class _Generate:
+    """``POST /worker_generate_stream``, or FastChat's ``/worker_generate`` with the ``whole``
+    answer in one piece, as a raw ASGI endpoint."""
+
+    def __init__(self, shell: Shell, *, whole: bool) -> None:
         self._shell = shell
+        self._whole = whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
         headers = [(asgi.REQUEST_ID_HEADER, request_id.encode())]
         limit = self._shell.max_body_bytes
+        sse = asgi.accepts_sse(scope) and not self._whole
+        media_type = "application/json" if self._whole else NUL_MEDIA_TYPE
+        body = b""
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit)
             request = asgi.parse(GenerateRequest, body)
         except TandemError as error:
-            await asgi.send_error(send, error, headers)
+            self._shell.metrics.refused(error.code)
+            if sse or not fastchat.has_sent(body):
+                await asgi.send_error(send, error, headers)
+                return
+            told = fastchat.refusal(error, whole=self._whole)
+            await asgi.respond(receive, send, told, media_type=media_type, headers=headers)
             return
         except asgi.ClientLeft:
             return
@@ -103,20 +142,27 @@ class _GenerateStream:
             request_id = request.request_id
             headers = [(asgi.REQUEST_ID_HEADER, request_id.encode())]
         request_id_var.set(request_id)
-        sse = asgi.accepts_sse(scope)
-        encode = encode_sse if sse else NulEncoder(request.prompt or "").encode
         await asgi.respond(
             receive,
             send,
-            self._encoded(request, encode),
-            media_type=SSE_MEDIA_TYPE if sse else NUL_MEDIA_TYPE,
+            self._encoded(request, encode_sse, scope["headers"])
+            if sse
+            else self._in_their_words(request, scope["headers"]),
+            media_type=SSE_MEDIA_TYPE if sse else media_type,
             headers=headers,
         )
 
+    def _in_their_words(self, request: GenerateRequest, headers: Headers) -> AsyncGenerator[bytes]:
+        prompt = (request.prompt or "") if request.echo else ""
+        if self._whole:
+            return fastchat.whole(self._shell.generate(request, headers), prompt)
+        chunks = self._encoded(request, NulEncoder(prompt).encode, headers)
+        return chunks if request.echo else fastchat.failures_as_frames(chunks, prompt)
+
     async def _encoded(
-        self, request: GenerateRequest, encode: Callable[[Event], bytes]
+        self, request: GenerateRequest, encode: Callable[[Event], bytes], headers: Headers
     ) -> AsyncGenerator[bytes]:
-        async with aclosing(self._shell.generate(request)) as events:
+        async with aclosing(self._shell.generate(request, headers)) as events:
             async for event in events:
                 data = encode(event)
                 yield asgi.LastChunk(data) if is_terminal(event) else data

@@ -62,12 +62,12 @@ class WorkerSettings(ProcessSettings):
     @field_validator("controller_address")
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_address(address) for address in value)
+        return tuple(check_address(address, https=True) for address in value)
 
     @field_validator("worker_address")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        return None if value is None else check_address(value)
+        return None if value is None else check_address(value, password=True)
 
     @property
     def name(self) -> str:

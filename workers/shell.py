@@ -40,9 +40,11 @@ from protocol.messages import (
     one_adapter,
     split_model,
 )
+from transport.tracing import Headers, Tracer
 from workers import images
 from workers.engine import Engine, EngineInfo
-from workers.metrics import Metrics
+from workers.fastchat import FastChat
+from workers.metrics import Account, Metrics
 from workers.settings import WorkerSettings
 from workers.speed import SpeedMeter
 
@@ -88,6 +90,8 @@ class Shell:
         self.state = WorkerState.STARTING
         self.progress = "starting"
         self.metrics = Metrics(self.status)
+        self.fastchat = FastChat(engine, settings.name, self._check_running)
+        self.tracer: Tracer | None = None  # set before the first request, if traces are wanted
 
     # ---- life
 
@@ -226,50 +230,43 @@ class Shell:
             temperature=0,
             max_new_tokens=24,
         )
-        async with aclosing(self._run(request)) as events:
+        async with aclosing(self._run(request, Account())) as events:
             async for _ in events:
                 pass
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, request: GenerateRequest, headers: Headers = ()
+    ) -> AsyncGenerator[Event]:
         """The event stream of ``request``; refusals are raised before its first event.
+
+        ``headers``, those it came with, are looked at only for the context of a trace.
 
         Raises:
             TandemError: before the first event only; after it the error is a ``Failed`` event.
         """
-        request = self._addressed(request)
-        self._check(request)
-        started = False
-        outcome = "cancelled"
-        tokens = 0
-        begun_s = time.monotonic()
-        ttft_s: float | None = None
+        account = Account()
+        if self.tracer is not None:
+            account.trace = self.tracer.begin(headers, account.begun_at)
         try:
-            async with aclosing(self._run(request)) as events:
+            request = self._addressed(request)
+            self._check(request)
+            request = await self.fastchat.own(request)
+            async with aclosing(self._run(request, account)) as events:
                 async for event in events:
-                    if ttft_s is None:
-                        ttft_s = time.monotonic() - begun_s
+                    if account.first_at is None:
+                        account.first_at = time.monotonic()
                     if isinstance(event, Delta):
-                        tokens += len(event.token_ids)
+                        account.tokens += len(event.token_ids)
                     else:
-                        outcome = event.reason
-                    started = True
+                        account.finished = event
                     yield event
         except TandemError as error:
-            outcome = error.code
-            if not started:
+            account.fail(error.code)
+            if account.first_at is None:
                 raise
             yield Failed.of(error)
         finally:
-            self.metrics.ended(outcome, tokens)
-            log.info(
-                "finished",
-                extra={
-                    "outcome": outcome,
-                    "ttft_s": ttft_s,
-                    "duration_s": time.monotonic() - begun_s,
-                    "tokens": tokens,
-                },
-            )
+            account.close(self.metrics, request, self.worker_id)
 
     def _addressed(self, request: GenerateRequest) -> GenerateRequest:
         """``request`` with an adapter in its model name moved to the field for it."""
@@ -305,10 +302,15 @@ class Shell:
                 f"{_OUTSIDE_CAPABILITIES.get(need, need)}."
             )
 
-    async def _run(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished]:
+    async def _run(
+        self, request: GenerateRequest, account: Account
+    ) -> AsyncGenerator[Delta | Finished]:
         """Exactly one terminal event, in a slot that this function takes and gives back (L1)."""
+        account.queued_at = time.monotonic()
         async with self._slot():
+            account.slot_at = time.monotonic()
             pictures = await self._decoded(request.images)
+            account.ready_at = time.monotonic()
             with _typed():
                 async with aclosing(self._engine.generate(request, pictures)) as events:
                     async for event in events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from transport.credentials import from_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -52,10 +55,14 @@ def listening_address(popen: subprocess.Popen[bytes], log: Path) -> str:
     raise SystemExit(f"a process did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
+def _ask(method: str, url: str) -> httpx.Response:
+    return httpx.request(method, url, timeout=10, headers=from_environment())
+
+
 def wait_ready(controller: str, count: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        workers = httpx.get(f"{controller}/cluster", timeout=10).json()["workers"]
+        workers = _ask("GET", f"{controller}/cluster").json()["workers"]
         if sum(worker["state"] == "ready" for worker in workers) == count:
             return
         time.sleep(0.1)
@@ -64,9 +71,9 @@ def wait_ready(controller: str, count: int) -> None:
 
 def leftovers(controller: str, workers: Sequence[str]) -> dict[str, int]:
     """What is still in flight or waiting; all 0 is how it must end."""
-    load = httpx.get(f"{controller}/cluster", timeout=10).json()["load"]
+    load = _ask("GET", f"{controller}/cluster").json()["load"]
     left = {"inflight": load["inflight"], "waiting": load["waiting"]}
-    statuses = [httpx.post(f"{w}/worker_get_status", timeout=10).json() for w in workers]
+    statuses = [_ask("POST", f"{w}/worker_get_status").json() for w in workers]
     left["workers_running"] = sum(status["running"] for status in statuses)
     left["workers_waiting"] = sum(status["waiting"] for status in statuses)
     return left
@@ -74,10 +81,11 @@ def leftovers(controller: str, workers: Sequence[str]) -> dict[str, int]:
 
 def outcome_counters(controller: str) -> dict[str, int]:
     """How the controller itself says its requests ended."""
-    prefix = 'tandem_requests_total{outcome="'
-    lines = httpx.get(f"{controller}/metrics", timeout=10).text.splitlines()
-    pairs = (line.removeprefix(prefix).split('"} ') for line in lines if line.startswith(prefix))
-    return {outcome: int(float(count)) for outcome, count in pairs}
+    counts: dict[str, int] = {}
+    for line in _ask("GET", f"{controller}/metrics").text.splitlines():
+        if found := re.fullmatch(r'tandem_requests_total\{.*outcome="(\w+)".*\} (\S+)', line):
+            counts[found[1]] = counts.get(found[1], 0) + int(float(found[2]))
+    return counts
 
 
 @dataclass(frozen=True, slots=True)

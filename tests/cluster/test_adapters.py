@@ -103,7 +103,7 @@ async def test_an_adapter_comes_and_goes(cluster: Cluster) -> None:
     where = await cluster.client(controller).post(
         "/get_worker_address", json={"model": "echo:formal"}
     )
-    assert where.json() == {"address": worker.address}
+    assert where.json() == {"address": controller.address}
 
     response = await cluster.client(worker).delete("/adapters/formal")
     assert response.json()["model_names"] == ["echo"]

@@ -34,7 +34,7 @@ async def test_llavas_client(cluster: Cluster) -> None:
     models = (await client.post("/list_models")).json()["models"]
     assert models == ["echo"]
     address = (await client.post("/get_worker_address", json={"model": models[0]})).json()
-    assert address == {"address": worker.address}
+    assert address == {"address": controller.address}, "the dispatcher's"
     assert (await client.post("/get_worker_address", json={"model": "x"})).json() == {"address": ""}
     asked: dict[str, Any] = {
         "model": "echo",
@@ -115,7 +115,7 @@ async def test_a_body_too_large(cluster: Cluster) -> None:
     response = await cluster.client(controller).post(
         PATH, content=b'{"model": "echo", "prompt": "%b"}' % (b"a" * 3000)
     )
-    assert response.status_code == 422
+    assert response.status_code == 413
     assert "the limit is 2000" in response.json()["error"]["message"]
 
 
@@ -129,7 +129,7 @@ async def test_faster_workers_get_more(cluster: Cluster) -> None:
     for worker in (await cluster.state(controller))["workers"]:
         async with httpx.AsyncClient() as direct:
             found = (await direct.get(f"{worker['address']}/metrics")).text
-        name = "tandem_worker_generated_tokens_total"
+        name = "tandem_worker_generation_tokens_total"
         line = next(line for line in found.splitlines() if line.startswith(name))
         metrics[worker["worker_id"]] = float(line.split()[-1])
     assert metrics["fast"] > 2 * metrics["slow"]
@@ -153,11 +153,11 @@ async def test_metrics_and_cluster_tell_the_same(cluster: Cluster) -> None:
     for _ in range(3):
         await ask(client, prompt="abc")
     found = (await client.get("/metrics")).text
-    assert 'tandem_requests_total{outcome="stop"} 3.0' in found
-    assert "tandem_generated_tokens_total 12.0" in found
-    assert "tandem_ttft_seconds_count 3.0" in found
+    assert 'tandem_requests_total{model="echo",outcome="stop"} 3.0' in found
+    assert 'tandem_generation_tokens_total{model="echo"} 12.0' in found
+    assert 'tandem_time_to_first_token_seconds_count{model="echo"} 3.0' in found
     assert "tandem_ready_replicas 1.0" in found
-    assert "tandem_inflight 0.0" in found
+    assert "tandem_num_requests_running 0.0" in found
     state = await cluster.state(controller)
     assert state["models"] == ["echo"]
     assert state["workers"][0]["worker_id"] == "one"

@@ -219,7 +219,7 @@ async def test_a_refusal_that_holds_everywhere_is_not_retried(cluster: Cluster) 
     assert response.json()["error"]["code"] == "context_overflow"
     metrics = (await client.get("/metrics")).text
     assert "tandem_retries_total 0.0" in metrics
-    assert 'tandem_requests_total{outcome="context_overflow"} 1.0' in metrics
+    assert 'tandem_requests_total{model="echo",outcome="context_overflow"} 1.0' in metrics
 
 
 async def test_a_slow_reader_does_not_fill_the_controllers_memory(cluster: Cluster) -> None:

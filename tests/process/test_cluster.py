@@ -48,6 +48,7 @@ class Terminal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.exported: dict[str, str] = {}
         self.run_dir = folder / "run"
         self.output = folder / "output"
         self.ups: list[subprocess.Popen[bytes]] = []
@@ -57,7 +58,7 @@ class Terminal:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"PYTHONPATH": str(ROOT)}
+        return os.environ | {"PYTHONPATH": str(ROOT)} | self.exported
 
     def call(self, *args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -168,6 +169,22 @@ def test_a_cluster_serves_heals_and_goes_down(terminal: Terminal) -> None:
     assert gone(second)
     assert terminal.status() == {"running": False, "ready": False, "stale": False}
     assert terminal.call("down").returncode == 0
+
+
+def test_a_cluster_with_a_token(terminal: Terminal) -> None:
+    """Exported once, it is everywhere: in the processes, and in the supervisor's questions."""
+    token = "the-token-of-this-cluster"
+    terminal.exported = {"TANDEM_CLUSTER_TOKEN": token}
+    terminal.up(TWO_ECHOES.replace("{port: auto}", "{port: auto, host: 0.0.0.0}"))
+    status = terminal.until_ready()
+    controller = status["controller_address"]
+    for headers, code in (({}, 401), ({"authorization": f"Bearer {token}"}, 200)):
+        found = httpx.get(f"{controller}/cluster", headers=headers, trust_env=False)
+        assert found.status_code == code
+    assert len(found.json()["workers"]) == 2
+    assert terminal.call("down").returncode == 0
+    for file in (terminal.folder / "run").rglob("*.*"):
+        assert token not in file.read_text(errors="replace"), file
 
 
 def test_a_controller_that_crashes_comes_back_with_its_workers(terminal: Terminal) -> None:

@@ -114,6 +114,7 @@ def test_a_mistake_is_one_sentence_with_its_line(text: str, line: int, said: str
         ("workers: [{kind: echo, name: controller}]", "two processes are named controller"),
         ("controller: {port: 4000}\nworkers: [{kind: echo, port: 4000}]", "both want port 4000"),
         ("workers: [{kind: hf, model-path: m, device: '0', gpus: '1'}]", "both choose GPUs"),
+        ("controller: {args: [--ssl-certfile, c.pem]}\nworkers: []", "reach each other by http"),
     ],
 )
 def test_workers_that_contradict_each_other(text: str, said: str) -> None:

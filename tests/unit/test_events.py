@@ -202,3 +202,35 @@ def test_a_failed_event_is_its_error_again() -> None:
     error = Overloaded("Full.", remedy="Wait.")
     assert type(Failed.of(error).error()) is Overloaded
     assert Failed.of(error).error().remedy == "Wait."
+
+
+def test_what_a_foreign_worker_may_take_back_is_held() -> None:
+    """Half a character, the beginning of a stop string, and blanks that FastChat tidies up."""
+    decoder = NulDecoder("Hi", ("###", "END"))
+    assert decoder.feed(frame(text="Hi one\ufffd", error_code=0)) == [Delta(text=" one")]
+    assert decoder.feed(frame(text="Hi oneé E", error_code=0)) == [Delta(text="é ")]
+    assert decoder.feed(frame(text="Hi oneé Even #", error_code=0)) == [Delta(text="Even ")]
+    assert decoder.end() == [Delta(text="#"), Finished(reason="stop")]
+    tidied = NulDecoder("", ())
+    tidied.feed(frame(text="Well ", error_code=0, usage={}, finish_reason=None))
+    assert tidied.feed(frame(text="Well, yes", error_code=0, usage={}, finish_reason="length")) == [
+        Delta(text=", yes"),
+        Finished(reason="length"),
+    ]
+
+
+def test_a_stop_string_ends_the_answer_whatever_its_worker_does() -> None:
+    decoder = NulDecoder("a END b", ("END",))
+    data = frame(text="a END bone END two END", error_code=0)
+    assert decoder.feed(data) == [Delta(text="one "), Finished(reason="stop")]
+    assert decoder.feed(data) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(1, "engine_failed"), (2, "no_replica"), (3, "upstream_lost"), (50002, "out_of_memory")],
+)
+def test_numbers_of_others_that_say_something(number: int, code: str) -> None:
+    (failed,) = NulDecoder("").feed(frame(text="sorry", error_code=number))
+    assert isinstance(failed, Failed)
+    assert failed.code == code

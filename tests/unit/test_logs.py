@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 
+import pytest
+
 from protocol.logs import JsonFormatter, TextFormatter, request_id_var
 
 
@@ -42,3 +44,24 @@ def test_a_traceback_follows_its_line() -> None:
         made = record(exc_info=(type(exc), exc, exc.__traceback__))
     assert "ValueError: broken" in TextFormatter().format(made)
     assert "ValueError: broken" in json.loads(JsonFormatter().format(made))["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("pocket-llava:formal", "pocket-llava:formal"),
+        ("模型", "模型"),
+        ("two words", "'two words'"),
+        ("echo outcome=stop", "'echo outcome=stop'"),
+        ("a\nb", r"'a\nb'"),
+        ("a\x1b[2J", r"'a\x1b[2J'"),
+        ("a\u2028\u202e", r"'a\u2028\u202e'"),
+        ("'a'", "\"'a'\""),
+        ("", "''"),
+    ],
+)
+def test_a_value_cannot_forge_a_field_or_a_line(value: str, shown: str) -> None:
+    assert TextFormatter().format(record(model=value)).endswith(f"finished model={shown}")
+    line = JsonFormatter().format(record(model=value))
+    assert line.isprintable()
+    assert json.loads(line)["model"] == value

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from controller.policy import lottery, shortest_queue, work_of
+from controller.policy import lottery, shortest_queue, speeds_of, work_of
 from controller.registry import Replica
 from protocol.messages import GenerateRequest
 from tests.unit.fakes import status
@@ -52,3 +52,10 @@ def test_work_counts_text_images_and_answer() -> None:
         model="m", prompt="a" * 400, max_new_tokens=50, resume_token_ids=(1, 2)
     )
     assert work_of(resumed) == 148
+
+
+def test_a_worker_that_measures_nothing_counts_as_the_mean_of_those_that_do() -> None:
+    llava = Replica("llava", status(speed=1, protocol_version=0), None, 0.0)
+    assert speeds_of([replica("a", 10), llava, replica("b", 30)]) == [10, 20, 30]
+    assert speeds_of([llava, llava]) == [1, 1], "as they say, where there is nothing better"
+    assert speeds_of([replica("new", 0), llava, replica("b", 30)]) == [1e-3, 30, 30]

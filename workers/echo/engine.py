@@ -11,10 +11,18 @@ from collections.abc import AsyncGenerator, Sequence
 
 from protocol.errors import ContextOverflow, EngineFailed, Unsupported, from_wire
 from protocol.events import Delta, Finished
-from protocol.messages import CacheStatus, Capabilities, GenerateRequest, TextPart
+from protocol.messages import (
+    IMAGE_PLACEHOLDER,
+    CacheStatus,
+    Capabilities,
+    ChatMessage,
+    GenerateRequest,
+    TextPart,
+)
 from workers.echo.settings import EchoSettings
 from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.images import Picture
+from workers.prompts import check_resumable
 from workers.text import TextStream
 
 END = 256
@@ -48,6 +56,7 @@ class EchoEngine:
     async def generate(
         self, request: GenerateRequest, images: Sequence[Picture]
     ) -> AsyncGenerator[Delta | Finished]:
+        check_resumable(request.resume_token_ids, vocab_size=END + 1, image_token_id=None)
         prompt_tokens = request.prompt_chars + IMAGE_TOKENS * len(images)
         room = self._settings.context_length - prompt_tokens
         if room < 1:
@@ -86,6 +95,17 @@ class EchoEngine:
                 self._died.set()
                 raise EngineFailed("The echo engine has died as it was told to.")
 
+    async def count_tokens(self, text: str) -> int:
+        placeholders = text.count(IMAGE_PLACEHOLDER)
+        return len(text) + placeholders * (IMAGE_TOKENS - len(IMAGE_PLACEHOLDER))
+
+    async def write(self, turns: Sequence[ChatMessage]) -> str:
+        """As LLaVA's first models read them."""
+        ends = {"system": " ", "user": " ", "assistant": "</s>"}
+        labels = {"system": "", "user": "USER: ", "assistant": "ASSISTANT: "}
+        said = (labels[turn.role] + _said(turn) + ends[turn.role] for turn in turns)
+        return "".join(said) + "ASSISTANT:"
+
     async def failed(self) -> None:
         await self._died.wait()
         raise EngineFailed("The echo engine has died as it was told to.")
@@ -118,3 +138,9 @@ def _answer(request: GenerateRequest) -> str:
     assert request.messages is not None
     parts = request.messages[-1].parts
     return "".join(part.text for part in parts if isinstance(part, TextPart))
+
+
+def _said(turn: ChatMessage) -> str:
+    return "".join(
+        part.text if isinstance(part, TextPart) else f"{IMAGE_PLACEHOLDER}\n" for part in turn.parts
+    )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
@@ -23,10 +24,11 @@ from protocol.errors import (
     Unsupported,
 )
 from protocol.events import Delta, Finished
-from protocol.messages import BASE, CacheStatus, Capabilities, GenerateRequest
+from protocol.messages import BASE, CacheStatus, Capabilities, ChatMessage, GenerateRequest
 from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.hf.settings import BATCHED_CAPACITY, THREADS_CAPACITY, HfSettings
 from workers.images import Picture
+from workers.prompts import count_tokens, write
 
 if TYPE_CHECKING:
     from workers.hf.job import Job
@@ -54,6 +56,7 @@ class HfEngine:
         self._settings = settings
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
         self._model: HfModel | None = None
+        self._image_tokens = 0
         self._runner: Scheduler | Threads | None = None
         self._streams: dict[Job, asyncio.Queue[Item]] = {}
         self._leaving: set[str] = set()  # adapters that finish what runs
@@ -112,6 +115,7 @@ class HfEngine:
         else:
             self._runner = Threads(capacity, deliver=deliver)
         self._model = model
+        self._image_tokens = warm.image_tokens
         return EngineInfo(
             capacity=capacity,
             context_length=model.context_length,
@@ -185,6 +189,21 @@ class HfEngine:
                 with anyio.CancelScope(shield=True):
                     async with self._quiet:
                         self._quiet.notify_all()
+
+    async def count_tokens(self, text: str) -> int:
+        model, _ = self._running()
+        count = partial(count_tokens, tokenizer=model.tokenizer, image_tokens=self._image_tokens)
+        return await self._in_thread(lambda: count(text))
+
+    async def write(self, turns: Sequence[ChatMessage]) -> str:
+        model, _ = self._running()
+        apply = partial(
+            write,
+            tokenizer=model.tokenizer,
+            image_token=model.image_token,
+            apply_template=model.apply_template,
+        )
+        return await self._in_thread(lambda: apply(turns))
 
     async def _prepare(
         self,

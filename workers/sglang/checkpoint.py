@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from protocol.errors import EngineFailed, InvalidRequest
-from protocol.messages import GenerateRequest
+from protocol.messages import ChatMessage, GenerateRequest
 from workers import templates
 from workers.answer import eos_ids
 from workers.prompts import (
     ApplyTemplate,
     PromptText,
     check_resumable,
+    count_tokens,
     pictures_for,
     render,
     template_of,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +67,21 @@ class Checkpoint:
             image_token_id=self.image_token_id,
         )
         return [*ids, *request.resume_token_ids]
+
+    def count_tokens(self, text: str) -> int:
+        """The tokens of a ready prompt."""
+        with self.encoding:
+            return count_tokens(text, tokenizer=self.tokenizer, image_tokens=self.image_tokens)
+
+    def write(self, turns: Sequence[ChatMessage]) -> str:
+        """The prompt that is read as ``turns``; raises as ``Engine.write`` does."""
+        with self.encoding:
+            return write(
+                turns,
+                tokenizer=self.tokenizer,
+                image_token=self.image_token,
+                apply_template=self.apply_template,
+            )
 
     def _ids(self, prompt: PromptText) -> list[int]:
         if self.original is not None:

@@ -22,7 +22,7 @@ from protocol.errors import (
     UpstreamLost,
 )
 from protocol.events import Delta, Finished
-from protocol.messages import CacheStatus, Capabilities, GenerateRequest
+from protocol.messages import CacheStatus, Capabilities, ChatMessage, GenerateRequest
 from transport.process import free_port
 from workers.answer import Answer, Reason
 from workers.engine import EngineInfo, EngineLoad, Progress
@@ -279,6 +279,17 @@ class SglangEngine:
         with suppress(DeadlineExceeded, UpstreamLost):  # which the watch takes up
             await self._watch.look()
         self._watch.start()
+
+    async def count_tokens(self, text: str) -> int:
+        return await asyncio.to_thread(self._read().count_tokens, text)
+
+    async def write(self, turns: Sequence[ChatMessage]) -> str:
+        return await asyncio.to_thread(self._read().write, turns)
+
+    def _read(self) -> Checkpoint:
+        if self._checkpoint is None:
+            raise EngineFailed("The engine is not running.")
+        return self._checkpoint
 
     async def failed(self) -> None:
         """Wait for the death of the server, or for it to hang.

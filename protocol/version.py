@@ -1,0 +1,3 @@
+"""The version of Tandem, as processes tell it; ``pyproject.toml`` has the same."""
+
+VERSION = "0.1.0"
