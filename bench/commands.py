@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench import cross_check as cross_checks
-from bench import files, machine, own_cluster, tables, workloads
+from bench import files, machine, own_cluster, plots, report, tables, workloads
 from bench import overhead as overheads
 from bench.compare import Comparison, Plan
 from bench.figures import Limits
@@ -188,8 +188,6 @@ def _file(prefix: Path, suffix: str) -> Path:
 
 
 def _keep(prefix: Path, results: dict[str, Any], console: Console) -> None:
-    from bench import report  # matplotlib takes a second to import
-
     file = _file(prefix, ".json")
     files.write(file, results)
     results = files.read(file)  # the page is drawn from what others can draw it from
@@ -251,8 +249,6 @@ def overhead(args: argparse.Namespace) -> int:
             sys.stderr.write(f"error: {exc}\n")
             return 2
     results = head | measured.results()
-    from bench import plots
-
     files.write(_file(args.out, ".json"), results)
     console = _console()
     console.print(overheads.table(results))
@@ -339,8 +335,6 @@ def plot(args: argparse.Namespace) -> int:
     controller adds. They are readable in black and white. Exit code: 0, or 2 for a file that is no
     result.
     """
-    from bench import plots, report
-
     try:
         found = {path: files.read(path) for path in args.files}
     except files.FileError as exc:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from typing import TYPE_CHECKING, Any
 
 from bench.figures import median_of
 from bench.tables import TIMES, load_words, number, ratio_of
+
+if TYPE_CHECKING:  # with numpy it takes a second to import
+    from matplotlib.figure import Figure
 
 Found = Mapping[str, Any]
 
@@ -73,6 +73,19 @@ _STYLE = {
 }
 
 
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    style: AbstractContextManager[None] = matplotlib.rc_context(_STYLE)
+    return style
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
 def looks(names: Sequence[str]) -> dict[str, Look]:
     return {name: LOOKS[index % len(LOOKS)] for index, name in enumerate(names)}
 
@@ -86,7 +99,7 @@ def overview(found: Found) -> Figure | None:
     if not groups:
         return None
     names = _names(found)
-    figure = Figure(figsize=(9.6, 3.4))
+    figure = _figure(9.6, 3.4)
     axes = figure.subplots()
     width = 0.8 / len(names)
     top = 0.0
@@ -158,7 +171,7 @@ def open_latency(found: Found) -> Figure | None:
     groups = _by_workload(found, "open")
     if not groups:
         return None
-    figure = Figure(figsize=(9.6, 3.4))
+    figure = _figure(9.6, 3.4)
     left, right = figure.subplots(1, 2)
     workload, cells_of = next(iter(groups.items()))
     for name, look in looks(_names(found)).items():
@@ -189,7 +202,7 @@ def timelines(found: Found) -> Figure | None:
     if not groups:
         return None
     (workload, level), cells = next(iter(groups.items()))
-    figure = Figure(figsize=(9.6, 1.1 + 2.1 * len(cells)))
+    figure = _figure(9.6, 1.1 + 2.1 * len(cells))
     rows: Any = figure.subplots(len(cells), 1, sharex=True, squeeze=False)[:, 0]
     end_s = 0.0
     for axes, (name, cell) in zip(rows, cells.items(), strict=True):
@@ -226,7 +239,7 @@ def processes(found: Found) -> Figure | None:
     )
     if not roles:
         return None
-    figure = Figure(figsize=(9.6, 0.9 + 0.55 * len(cells)))
+    figure = _figure(9.6, 0.9 + 0.55 * len(cells))
     left, right = figure.subplots(1, 2)
     for axes, key, scale, words in (
         (left, "cpu_ms_per_token", 1.0, "ms of processor per output token"),
@@ -268,7 +281,7 @@ def overhead(found: Found) -> Figure | None:
     if not levels:
         return None
     streams = [level["streams"] for level in levels]
-    figure = Figure(figsize=(9.6, 3.2))
+    figure = _figure(9.6, 3.2)
     left, middle, right = figure.subplots(1, 3)
     direct, through = LOOKS[0], LOOKS[2]
 
@@ -315,14 +328,14 @@ DRAWN: Mapping[str, Mapping[str, Callable[[Found], Figure | None]]] = {
 
 def pictures(found: Found) -> dict[str, Figure]:
     """All figures of a file of results, by name."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         drawn = {name: draw(found) for name, draw in DRAWN.get(found["kind"], {}).items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture that stands alone: dark on white; its format follows from the name."""
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         extra = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}
         figure.savefig(path, facecolor="white", **extra)
 
@@ -330,7 +343,7 @@ def save(figure: Figure, path: Path) -> None:
 def inline(figure: Figure) -> str:
     """An SVG to put into a page, in the page's own colour of text."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_TEXT, "currentColor")
@@ -379,7 +392,7 @@ def _multiples(
     groups = _by_workload(found, mode)
     if not groups:
         return None
-    figure = Figure(figsize=(9.6, 3.2))
+    figure = _figure(9.6, 3.2)
     row: Any = figure.subplots(1, len(groups), squeeze=False)[0]
     for axes, (workload, by_target) in zip(row, groups.items(), strict=True):
         for name, look in looks(_names(found)).items():
@@ -410,6 +423,8 @@ def _quantile_lines(
         if label is None:
             style |= {"markersize": 3.5, "markerfacecolor": "none"}
         axes.plot(xs, ys, **style)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
@@ -417,6 +432,8 @@ def _quantile_lines(
 
 
 def _users_axis(axes: Any, levels: Sequence[float]) -> None:
+    from matplotlib.ticker import NullFormatter
+
     axes.set_xscale("log", base=2)
     axes.set_xticks(levels, [f"{level:.0f}" for level in levels])
     axes.xaxis.set_minor_formatter(NullFormatter())
