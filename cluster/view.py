@@ -184,7 +184,7 @@ def next_steps(cluster: ClusterRecord, options: str = "") -> list[str]:
             "",
         ]
     lines += [
-        f"OpenAI clients:    base URL {address}/v1, any API key",
+        f"OpenAI clients:    base URL {address}/v1; any API key, unless yours asks for one",
         f"What it does:      {address}/cluster and {address}/metrics",
         f"Another terminal:  python -m cluster status{options}",
         f"                   python -m cluster down{options}",
