@@ -47,7 +47,8 @@ def compare_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KIND=FLAGS",
-        help="more flags for one kind: 'hf-unbatched=--limit-model-concurrency 8'",
+        help="more flags for one kind: 'hf-unbatched=--limit-model-concurrency 8', "
+        "'sglang=-- --mem-fraction-static 0.5'",
     )
     load = parser.add_argument_group("load").add_argument
     load(

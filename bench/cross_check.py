@@ -6,12 +6,12 @@ length; in turn, round by round, with an emptied cache.
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from random import Random
 from typing import Any
 
 from rich.table import Table
@@ -25,11 +25,12 @@ from bench.results import spread
 from bench.tables import number
 from bench.targets import Target
 from bench.wire import Ask, reply_of
-from bench.workloads import WORKLOADS
+from models.pocket import talk
 
 TOOL = "sglang.benchmark.serving"
 _TOOL_S = 900.0
 _SAME = {
+    "output_tokens": ("total_output_tokens", 1.0),
     "requests_per_s": ("request_throughput", 1.0),
     "output_tokens_per_s": ("output_throughput", 1.0),
     "ttft_s": ("median_ttft_ms", 1e-3),
@@ -37,6 +38,10 @@ _SAME = {
     "duration_s": ("median_e2e_latency_ms", 1e-3),
 }
 """Our figure, theirs and what turns theirs into ours; of latencies the median."""
+
+# An answer that goes on after its end has tokens without text, which theirs does not count.
+_SWITCHES = ("--disable-ignore-eos", "--flush-cache", "--disable-tqdm")
+_LONGEST = "Count from 1 to 100."  # 101 tokens of the embedded model
 
 
 class ToolFailed(Exception):
@@ -52,6 +57,15 @@ class Plan:
     seed: int = 0
 
 
+def asked(seed: int, number: int, tokens: int) -> Ask:
+    """A conversation of some 100 tokens that no other begins as, and whose answer is long."""
+    random = Random(f"cross-check {seed} {number}")
+    turns: list[tuple[str, str]] = [("user", f"My number is {number}."), ("assistant", "I see.")]
+    for fact in random.sample(talk.facts(), 3):
+        turns += [("user", random.choice(fact.seen)), ("assistant", fact.answer)]
+    return Ask((*turns, ("user", _LONGEST)), max_new_tokens=tokens)
+
+
 class CrossCheck:
     """Measures one SGLang server with both, and holds what has been measured."""
 
@@ -59,11 +73,7 @@ class CrossCheck:
         self._plan = plan
         self._target = target
         self._harness = harness
-        workload = WORKLOADS["random"]
-        self._asks = [
-            next(itertools.islice(workload.asks(plan.seed, 0, user), 1))
-            for user in range(plan.requests)
-        ]
+        self._asks = [asked(plan.seed, number, plan.tokens) for number in range(plan.requests)]
         self._rounds: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         self.interrupted = False
 
@@ -93,8 +103,7 @@ class CrossCheck:
 
     def _ours(self) -> dict[str, float]:
         plan = self._plan
-        extra = {"ignore_eos": True, "max_new_tokens": plan.tokens}
-        sendings = iter([self._sending(ask, extra) for ask in self._asks])
+        sendings = iter([self._sending(ask) for ask in self._asks])
         run = load.closed([sendings] * plan.users)
         replies = [reply_of(self._target.api, exchange) for exchange in run.exchanges]
         found = fig.figures(replies, Limits(1.0, 1.0))
@@ -104,8 +113,8 @@ class CrossCheck:
         }
         return medians | {"answered": found["answered"]}
 
-    def _sending(self, ask: Ask, extra: dict[str, Any]) -> Sending:
-        return Sending(self._target.url, self._target.headers, self._target.body(ask, extra))
+    def _sending(self, ask: Ask) -> Sending:
+        return Sending(self._target.url, self._target.headers, self._target.body(ask))
 
     def _theirs(self) -> dict[str, float]:
         plan, folder = self._plan, self._harness.folder
@@ -131,7 +140,7 @@ class CrossCheck:
         }
         line = [str(part) for pair in flags.items() for part in pair]
         done = subprocess.run(
-            [sys.executable, "-m", TOOL, *line, "--flush-cache", "--disable-tqdm"],
+            [sys.executable, "-m", TOOL, *line, *_SWITCHES],
             capture_output=True,
             text=True,
             timeout=_TOOL_S,
@@ -152,7 +161,10 @@ class CrossCheck:
             "plan": asdict(self._plan),
             "target": {"api": self._target.api, **self._target.facts},
             "rounds": self._rounds,
-            "summary": {name: fig.summary(found) for name, found in rounds.items()},
+            "summary": {
+                side: {name: spread([one[name] for one in found]) for name in found[0]}
+                for side, found in rounds.items()
+            },
             "difference": differences(self._rounds["ours"], self._rounds["theirs"]),
         }
 

@@ -48,9 +48,10 @@ def started(
             (
                 KINDS[name].module,
                 (
-                    *(*flags, *KINDS[name].flags, *own_flags.get(name, "").split()),
+                    *(*flags, *KINDS[name].flags),
                     *("--model-name", name, "--controller-address", controller.address),
                     *("--max-waiting", "1024", "--max-wait-s", "600"),
+                    *own_flags.get(name, "").split(),  # last: what follows -- is SGLang's
                 ),
             )
             for name in names

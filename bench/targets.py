@@ -53,15 +53,12 @@ class Target:
     def headers(self) -> dict[str, str]:
         return dict(wire.HEADERS[self.api]) | _authorization(self.key)
 
-    def body(self, ask: Ask, extra: Mapping[str, Any] | None = None) -> bytes:
-        """The request that asks ``ask``; ``extra`` goes to SGLang's sampling parameters, or into
-        the request of other servers."""
-        extra = dict(extra or {})
+    def body(self, ask: Ask) -> bytes:
+        """The request that asks ``ask``."""
         if self.api == "sglang":
             assert self.template is not None
-            return wire.sglang_body(ask, self.template, extra)
-        if self.kind is not None:
-            extra["kind"] = self.kind
+            return wire.sglang_body(ask, self.template)
+        extra = {} if self.kind is None else {"kind": self.kind}
         spell = wire.tandem_body if self.api == "tandem" else wire.openai_body
         return spell(ask, self.model, extra)
 

@@ -176,12 +176,12 @@ def _openai_content(text: str, images: Iterator[str]) -> str | list[dict[str, An
     return parts
 
 
-def sglang_body(ask: Ask, template: Template, extra: Mapping[str, Any]) -> bytes:
+def sglang_body(ask: Ask, template: Template) -> bytes:
     sampling = {"temperature": 0, "max_new_tokens": ask.max_new_tokens}
     body: dict[str, Any] = {"text": template(ask), "stream": True}
     if ask.images:
         body["image_data"] = ask.images
-    return orjson.dumps(body | {"sampling_params": sampling | dict(extra)})
+    return orjson.dumps(body | {"sampling_params": sampling})
 
 
 # ---------------------------------------------------------------- answers
