@@ -1,6 +1,11 @@
-"""What the controller and the workers cost and endure; the figures are in ``bench/results``.
+"""What the controller and the workers cost, endure and gain; the figures are in ``bench/results``.
 
+python -m bench compare                                  backends side by side: docs/benchmark.md
+python -m bench overhead                                 what the controller adds
+python -m bench cross-check                              our figures beside SGLang's own tool's
+python -m bench plot FILES...                            pictures of results
 python -m bench.soak --streams 1000 --requests 100000    every reply checked, memory watched
+python -m bench.fuzz images --kind hf                    wrong pictures break nothing; or openapi
 python bench/frontdoor/run.py --rounds 5                 beside other front doors, one harness
 python bench/frontdoor/run.py --failures --fds tandem_openai
 python bench/restart.py                                  a killed controller, whole again

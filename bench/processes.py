@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,6 +127,30 @@ class Harness:
         Raises:
             ProcessFailed: it did not become ready.
         """
+        with self.processes((module, flags)) as (running,):
+            yield running
+
+    @contextmanager
+    def processes(self, *commands: tuple[str, Sequence[str]]) -> Iterator[list[Running]]:
+        """A ``python -m module flags`` for each of ``commands``, started together, all ready.
+
+        Raises:
+            ProcessFailed: one did not become ready.
+        """
+        with ExitStack() as stack:
+            begun = [stack.enter_context(self._begun(*command)) for command in commands]
+            with self.console.status("starting") as spinner:
+                addresses = [_ready(*one, spinner) for one in begun]
+            yield [
+                Running(address, psutil.Process(popen.pid), log)
+                for address, (popen, log, _) in zip(addresses, begun, strict=True)
+            ]
+
+    @contextmanager
+    def _begun(
+        self, module: str, flags: Sequence[str]
+    ) -> Iterator[tuple[subprocess.Popen[bytes], Path, str]]:
+        """A process that ends with the block, its log and how one would start it by hand."""
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}-{module}.log"
         line = ("--port", "0", *flags)
         with log.open("wb") as output:
@@ -143,9 +167,7 @@ class Harness:
                 start_new_session=True,  # Ctrl-C is for us
             )
         try:
-            with self.console.status(f"starting {module}") as spinner:
-                address = _ready(popen, log, f"python -m {module} {shlex.join(line)}", spinner)
-            yield Running(address, psutil.Process(popen.pid), log)
+            yield popen, log, f"python -m {module} {shlex.join(line)}"
         finally:
             _stop(popen)
 

@@ -20,6 +20,9 @@ from transport.tracing import Attributes, Headers, Trace, Tracer
 
 log = logging.getLogger(__name__)
 
+WORKER_HEADER = b"x-tandem-worker"
+"""Of an answer: the worker that gave its first token; several choices may name several."""
+
 _ENDED_REMEDY = "Ask while it waits or runs; the log has a line of each that has ended."
 
 
@@ -56,6 +59,7 @@ class Asker:
     caller: Caller
     path: str
     headers: Headers  # the request's, for the context of a trace
+    reply: list[tuple[bytes, bytes]] = field(default_factory=list)  # the answer's, until it begins
 
     @classmethod
     def of(cls, scope: Scope) -> Asker:
@@ -144,6 +148,8 @@ class Accounts:
         attempt.first_at = self._clock()
         account.ttft_s = attempt.first_at - account.begun_at
         figures.ttft_s.observe(account.ttft_s)
+        if attempt.replica is not None:
+            account.asker.reply.append((WORKER_HEADER, _printable(attempt.replica.worker_id)))
         return figures
 
     def retried(self) -> None:
@@ -209,6 +215,11 @@ class Accounts:
         )
         if account.trace is not None:
             _tell(account, account.trace, now, self._metrics.label(account.request.model))
+
+
+def _printable(worker_id: str) -> bytes:
+    """Fit for a header, whatever a worker calls itself."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in worker_id).encode()
 
 
 def _error_code(account: Account) -> str | None:

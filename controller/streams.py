@@ -73,6 +73,7 @@ class Generate:
         if request is not asked:
             body = _dumped(request)
         request_id = request.request_id or request_id
+        asker.reply.extend(_id_header(request_id))
         frames = self._serving.generator.stream(request, body, request_id, asker)
         sse = sse and not self._whole
         await asgi.respond(
@@ -80,7 +81,7 @@ class Generate:
             send,
             frames if sse else self._in_their_words(frames, request),
             media_type=SSE_MEDIA_TYPE if sse else self._media_type,
-            headers=_id_header(request_id),
+            headers=asker.reply,
         )
 
     @property
@@ -108,8 +109,8 @@ class OpenAI:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = asgi.request_id(scope)
-        headers = _id_header(request_id)
         asker = Asker.of(scope)
+        asker.reply.extend(_id_header(request_id))
         limit_bytes = self._serving.max_body_bytes
         try:
             body = await asgi.read_body(scope, receive, limit_bytes=limit_bytes)
@@ -120,7 +121,7 @@ class OpenAI:
             return
         except TandemError as error:
             self._serving.accounts.refused(error, request_id, asker)
-            await asgi.send_error(send, error, headers)
+            await asgi.send_error(send, error, asker.reply)
             return
         answered = self._fetched if named_by_address else self._answered
         await asgi.respond(
@@ -128,7 +129,7 @@ class OpenAI:
             send,
             answered(asked, requests, request_id, asker),
             media_type=SSE_MEDIA_TYPE if asked.stream else "application/json",
-            headers=headers,
+            headers=asker.reply,
         )
 
     def _requests(

@@ -97,14 +97,19 @@ class SamplingParams(Message):
     """How tokens are chosen and when the answer ends.
 
     ``temperature`` 0 is greedy; the defaults are LLaVA's. ``max_new_tokens`` counts
-    ``resume_token_ids`` too.
+    ``resume_token_ids`` too. The penalties regard the tokens of the answer, resumed ones included,
+    and not the prompt's: OpenAI's two are subtracted from a token's score, ``presence_penalty``
+    once and ``frequency_penalty`` for each time it has come; then the repetition penalty divides
+    (or, below 0, multiplies) it.
     """
 
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, ge=0, le=1, description="0: the likeliest token only")
-    top_k: int = Field(default=0, ge=0, description="0: no limit")
+    top_k: int = Field(default=0, ge=0, lt=2**30, description="0: no limit")  # SGLang's int32
     min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=2)
+    repetition_penalty: float = Field(default=1.0, ge=0.001, le=2)  # else float32 overflows
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     max_new_tokens: int = Field(default=256, ge=1, le=1_000_000)
     stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -214,6 +219,7 @@ class GenerateRequest(SamplingParams):
             "resume": bool(self.resume_token_ids),
             "sampling": self.top_k > 0 or self.repetition_penalty != 1.0,
             "min_p": self.min_p > 0,
+            "penalties": self.presence_penalty != 0 or self.frequency_penalty != 0,
         }
         return frozenset(name for name, needed in wanted.items() if needed)
 
@@ -230,7 +236,7 @@ class WorkerState(StrEnum):
 class Capabilities(Message):
     """What a replica can do beyond a ready prompt in, text out.
 
-    The last two are what the workers of others lack.
+    The last three are what the workers of others lack.
     """
 
     chat: bool = False  # knows its chat template, so takes messages
@@ -242,15 +248,16 @@ class Capabilities(Message):
     resume: bool = False
     sampling: bool = True  # beyond temperature and top_p
     min_p: bool = True
+    penalties: bool = True  # presence and frequency
 
     def missing(self, needs: frozenset[str]) -> list[str]:
         """Those of ``needs`` this replica lacks, sorted."""
         return sorted(name for name in needs if not getattr(self, name, False))
 
 
-LLAVA = Capabilities(images=True, sampling=False, min_p=False)
+LLAVA = Capabilities(images=True, sampling=False, min_p=False, penalties=False)
 """What LLaVA's worker can do, which does not say so."""
-FASTCHAT = Capabilities(min_p=False)
+FASTCHAT = Capabilities(min_p=False, penalties=False)
 """What FastChat's can, which sees pictures if it registers as ``multimodal``."""
 
 

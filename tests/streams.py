@@ -80,3 +80,13 @@ def refusal(address: str, body: bytes | None = None, **fields: Any) -> tuple[int
 
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
+
+
+UNDECIDED: dict[str, Any] = {
+    "model": "pocket-llava",
+    "messages": user("Hello!"),
+    "regex": "((red|blue|green|dog|cat) ){12}",
+    "temperature": 0,
+    "max_new_tokens": 32,
+}
+"""Where the embedded model is sure of no token, so that each penalty changes its answer."""

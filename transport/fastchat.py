@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -12,10 +13,12 @@ from protocol.errors import TandemError
 from protocol.events import Delta, Event, Failed, NulEncoder, TokenLogprob
 from transport.asgi import LastChunk
 
+_ECHO = re.compile(rb'"echo"\s*:')  # within a string its quotes would have backslashes
+
 
 def has_sent(body: bytes) -> bool:
     """Whether a request is FastChat's, readable or not: only it has this field."""
-    return b'"echo"' in body
+    return _ECHO.search(body) is not None
 
 
 async def refusal(error: TandemError, *, whole: bool) -> AsyncGenerator[bytes]:

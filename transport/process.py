@@ -281,11 +281,19 @@ class Server:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Return when requests are accepted."""
+        """Return when requests are accepted; cancelled, it leaves nothing that listens."""
         self._task = asyncio.create_task(self._uvicorn.serve(sockets=self._socks))
+        try:
+            await self._started(self._task)
+        except asyncio.CancelledError:
+            await self._started(self._task)  # uvicorn gives back only what it has finished taking
+            await self.kill()
+            raise
+
+    async def _started(self, task: asyncio.Task[None]) -> None:
         while not self._uvicorn.started:
-            if self._task.done():
-                self._task.result()
+            if task.done():
+                task.result()
                 raise RuntimeError("the server ended while it was starting")
             await asyncio.sleep(0.005)
 

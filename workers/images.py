@@ -12,6 +12,7 @@ import io
 import threading
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from PIL import Image, ImageOps
@@ -88,19 +89,11 @@ def _decode(image: str, number: int, max_pixels: int, cancelled: threading.Event
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(_File(data, cancelled), formats=FORMATS)
-        width, height = opened.size
-        if width * height > max_pixels:
-            raise BadImage(
-                f"Image {number} has {width} x {height} pixels; this worker takes {max_pixels}.",
-                remedy="Scale it down before sending it.",
-            )
-        if max(width, height) > SLENDERNESS * min(width, height):
-            raise BadImage(
-                f"Image {number} has {width} x {height} pixels; one side may be {SLENDERNESS} "
-                "times the other at most.",
-                remedy="Cut it into parts, or add a border.",
-            )
-        pixels = ImageOps.exif_transpose(opened).convert("RGB")
+        # Who refuses a picture is kept for a while by its traceback; the pixels are not.
+        with closing(opened):
+            _check_size(opened.size, number, max_pixels)
+            ImageOps.exif_transpose(opened, in_place=True)
+            pixels = opened.convert("RGB")
     except BadImage:
         raise
     except Image.DecompressionBombError as exc:
@@ -111,3 +104,19 @@ def _decode(image: str, number: int, max_pixels: int, cancelled: threading.Event
     except Exception as exc:  # Pillow raises about anything on mutated bytes
         raise BadImage(f"Image {number} cannot be decoded: {type(exc).__name__}.") from exc
     return Picture(pixels)
+
+
+def _check_size(size: tuple[int, int], number: int, max_pixels: int) -> None:
+    """Raises BadImage: too many pixels, or a mere line."""
+    width, height = size
+    if width * height > max_pixels:
+        raise BadImage(
+            f"Image {number} has {width} x {height} pixels; this worker takes {max_pixels}.",
+            remedy="Scale it down before sending it.",
+        )
+    if max(width, height) > SLENDERNESS * min(width, height):
+        raise BadImage(
+            f"Image {number} has {width} x {height} pixels; one side may be {SLENDERNESS} "
+            "times the other at most.",
+            remedy="Cut it into parts, or add a border.",
+        )

@@ -16,9 +16,8 @@ from bench.rates import Measured, measured, shown_rate, shown_ratio, shown_ttft,
 from bench.results import Keep, record, spread
 from bench.sglang import direct
 from bench.sglang.workload import Ask, Workload
+from bench.usage import role_below
 from protocol.messages import WorkerStatus
-
-ROLES = {"sglang::scheduler": "scheduler", "sglang::detokenizer": "detokenizer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ def overhead(
     with harness.worker(*_open_door(how["levels"]), kind="sglang") as worker:
         sides = (
             Side("worker", worker.address, _to_worker, worker),
-            Side("direct", _server_of(worker), lambda ask: direct.asked(ask.direct), worker),
+            Side("direct", server_of(worker), lambda ask: direct.asked(ask.direct), worker),
         )
         status = worker.status()
         _compare(harness, keep, "sglang_overhead", sides, status, workload(status), **how)
@@ -85,7 +84,7 @@ def _to_worker(ask: Ask) -> Asked:
     return Asked(ask.worker)
 
 
-def _server_of(worker: Running) -> str:
+def server_of(worker: Running) -> str:
     """Where the SGLang server of ``worker`` listens.
 
     Raises:
@@ -172,10 +171,8 @@ def _cpu_s(running: Running) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for process in (running.process, *running.process.children(recursive=True)):
         times = process.cpu_times()
-        name = (process.cmdline() or [""])[0].strip()
-        role = next((role for title, role in ROLES.items() if name.startswith(title)), "server")
         own = process.pid == running.process.pid
-        found["worker" if own else role] += times.user + times.system
+        found["worker" if own else role_below(process)] += times.user + times.system
     return found
 
 

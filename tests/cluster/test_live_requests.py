@@ -51,3 +51,23 @@ async def test_the_time_to_first_token_is_told_while_it_streams(cluster: Cluster
         found = (await client.get("/requests/it")).json()
     assert found["state"] == "running"
     assert 0 < found["ttft_s"] < 20
+
+
+async def test_an_answer_names_its_worker(cluster: Cluster) -> None:
+    controller = await cluster.controller()
+    await cluster.worker(controller, worker_id="one\r\nX-Evil: é")
+    client = cluster.client(controller)
+    asked = {"model": "echo", "messages": [{"role": "user", "content": "a"}]}
+    for path, more in (
+        (PATH, {}),
+        ("/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"n": 2}),
+    ):
+        for accept in (SSE, {}):
+            response = await client.post(path, json=asked | more, headers=accept)
+            assert response.status_code == 200
+            named = response.headers.get_list("x-tandem-worker")
+            assert set(named) == {"one??X-Evil: ?"}
+            assert "x-evil" not in response.headers
+    refused = await client.post(PATH, json=asked | {"model": "x"})
+    assert "x-tandem-worker" not in refused.headers

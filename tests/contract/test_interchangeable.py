@@ -16,7 +16,7 @@ from protocol.messages import WorkerStatus
 from tests.contract.conftest import ADAPTERS, START_TIMEOUT_S, Workers
 from tests.pictures import encoded, picture
 from tests.processes import running
-from tests.streams import Answer, ask, refusal, user
+from tests.streams import UNDECIDED, Answer, ask, refusal, user
 
 pytestmark = pytest.mark.timeout(2 * START_TIMEOUT_S + 60)
 
@@ -127,22 +127,65 @@ def test_pictures_in_several_turns(workers: Workers) -> None:
     assert rest.token_ids == whole.token_ids[cut:]
 
 
-@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
-def test_a_repetition_penalty(workers: Workers, penalty: float) -> None:
-    fields: dict[str, Any] = {
-        "messages": user("Count from 1 to 20."),
-        "repetition_penalty": penalty,
-        "max_new_tokens": 24,
-    }
+PENALTIES: list[dict[str, float]] = [
+    {"repetition_penalty": 0.7},
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 2.0},
+    {"presence_penalty": 2.0},
+    {"presence_penalty": -2.0},
+    {"frequency_penalty": 0.3},
+    {"frequency_penalty": 1.0},
+    {"frequency_penalty": -2.0},
+    {"presence_penalty": 1.7, "frequency_penalty": 0.6},
+    {"presence_penalty": -1.5, "frequency_penalty": 1.3, "repetition_penalty": 1.2},
+]
+
+
+ONE_OF_EACH = [{f"{name}_penalty": 2.0} for name in ("repetition", "presence", "frequency")]
+# With a grammar SGLang waits for each token before the next step; without one it does not.
+REPEATING: list[dict[str, Any]] = [
+    UNDECIDED,
+    UNDECIDED | {"regex": "[ab]{24}"},  # the same token twice in a row
+    *(
+        {"messages": user("Repeat: " + words), "max_new_tokens": 24}
+        for words in ("red blue red blue red blue red blue", "dog cat dog dog cat cat dog dog dog")
+    ),
+]
+
+
+@pytest.mark.parametrize("asked", REPEATING, ids=["grammar", "letters", "red blue", "dog cat"])
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_penalties(workers: Workers, penalties: dict[str, float], asked: dict[str, Any]) -> None:
+    fields = asked | penalties
     whole = both(workers, **fields)
-    cut = len(whole.token_ids) // 2
-    rest = both(workers, **fields, resume_token_ids=whole.token_ids[:cut])
-    assert rest.token_ids == whole.token_ids[cut:]
+    for cut in (1, 2, len(whole.token_ids) // 2, len(whole.token_ids) - 1):
+        rest = both(workers, **fields, resume_token_ids=whole.token_ids[:cut])
+        assert rest.token_ids == whole.token_ids[cut:], f"cut at {cut}"
 
 
-def test_a_repetition_penalty_behind_a_picture(workers: Workers) -> None:
-    prompt = "What do you see? <image>"
-    both(workers, prompt=prompt, images=TWO[:1], repetition_penalty=1.5, max_new_tokens=16)
+def test_penalties_in_one_batch(workers: Workers) -> None:
+    """Prefills come between the steps of others, and every answer stays what it is alone."""
+    asked = [
+        REPEATING[n % 4] | PENALTIES[n % len(PENALTIES)] | {"max_new_tokens": 2 + n}
+        for n in range(30)
+    ]
+    alone = [both(workers, **fields).token_ids for fields in asked]
+    greedy: dict[str, Any] = {"model": "pocket-llava", "temperature": 0}
+
+    def one(fields: dict[str, Any]) -> list[int]:
+        return ask(workers["sglang"].address, **greedy | fields).token_ids
+
+    with ThreadPoolExecutor(len(asked)) as threads:
+        for _ in range(2):
+            assert list(threads.map(one, asked)) == alone
+
+
+def test_penalties_behind_a_picture(workers: Workers) -> None:
+    fields: dict[str, Any] = {"prompt": "What do you see? <image>", "images": TWO[:1]}
+    fields |= {"regex": "[ab ]{20}", "max_new_tokens": 24}
+    plain = both(workers, **fields)
+    for penalties in ONE_OF_EACH:
+        assert both(workers, **fields, **penalties).text != plain.text
 
 
 OBJECT = {
@@ -200,6 +243,7 @@ def test_grammars_are_refused_with_the_same_words(
     [
         {},
         {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 1.0},
         {"json_schema": json.dumps(OBJECT)},
         {"temperature": 0.5, "top_k": 1},
     ],

@@ -25,7 +25,7 @@ from protocol.messages import WorkerStatus
 from tests.contract.conftest import START_TIMEOUT_S, Worker
 from tests.pictures import encoded, picture
 from tests.processes import ROOT, until
-from tests.streams import PATH, Answer, ask, refusal, streaming, user
+from tests.streams import PATH, UNDECIDED, Answer, ask, refusal, streaming, user
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + 60)
 
@@ -332,11 +332,29 @@ def test_a_stop_string_across_the_seam_is_found(worker: Worker) -> None:
     assert rest.finished.completion_tokens == straight.finished.completion_tokens
 
 
-def test_resuming_with_a_repetition_penalty(worker: Worker) -> None:
-    whole = count(worker, repetition_penalty=1.3)
+@pytest.mark.parametrize("token_id", [-1, 2**20, 2**70])
+def test_what_no_model_can_have_said_is_not_resumed(worker: Worker, token_id: int) -> None:
+    fields = GREEDY | {"prompt": "a", "resume_token_ids": [token_id]}
+    assert refusal(worker.address, **fields)[1]["code"] == "invalid_request"
+
+
+PENALTIES: list[dict[str, float]] = [
+    {"repetition_penalty": 2.0},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 0.3},
+    {"presence_penalty": -0.7, "frequency_penalty": 1.1, "repetition_penalty": 1.2},
+]
+
+
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_resuming_with_penalties(worker: Worker, penalties: dict[str, float]) -> None:
+    asked = UNDECIDED | penalties
+    if worker.kind == "echo":
+        del asked["regex"]
+    whole = ask(worker.address, **asked)
     ids = whole.token_ids
-    for cut in sorted({1, len(ids) // 2, len(ids) - 1}):
-        rest = count(worker, repetition_penalty=1.3, resume_token_ids=ids[:cut])
+    for cut in sorted({1, 3, len(ids) // 2, len(ids) - 1} - {len(ids)}):
+        rest = ask(worker.address, **asked, resume_token_ids=ids[:cut])
         assert rest.token_ids == ids[cut:], f"cut at {cut}"
 
 
@@ -365,13 +383,35 @@ def test_the_narrowest_sampling_is_greedy(worker: Worker, fields: dict[str, floa
     assert count(worker, temperature=1.0, **fields).token_ids == count(worker).token_ids
 
 
-def test_a_repetition_penalty_changes_a_repetitive_answer(worker: Worker) -> None:
+@pytest.mark.parametrize("penalties", PENALTIES, ids=str)
+def test_a_penalty_changes_a_repetitive_answer(worker: Worker, penalties: dict[str, float]) -> None:
     if worker.kind == "echo":
         pytest.skip("the echo engine does not sample")
-    asked = GREEDY | {"messages": user("Repeat: red red red red"), "max_new_tokens": 30}
-    plain = ask(worker.address, **asked)
-    assert plain.text == "red red red red"
-    assert ask(worker.address, **asked, repetition_penalty=2.0).text != plain.text
+    plain = ask(worker.address, **UNDECIDED)
+    assert plain.text == "red " * 12
+    assert ask(worker.address, **UNDECIDED, **penalties).text != plain.text
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": 2**30 - 1},
+        {"repetition_penalty": 0.001, "presence_penalty": 2, "frequency_penalty": -2},
+        {"min_p": 5e-324, "top_p": 5e-324, "temperature": 100},
+        {"temperature": 5e-324},
+    ],
+    ids=str,
+)
+def test_no_number_that_is_taken_breaks_anything(worker: Worker, fields: dict[str, float]) -> None:
+    asked = GREEDY | {"temperature": 1, "prompt": "hello", "max_new_tokens": 4} | fields
+    assert isinstance(ask(worker.address, **asked).events[-1], Finished)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"top_k": 2**30}, {"top_k": 2**70}, {"repetition_penalty": 1e-40}], ids=str
+)
+def test_numbers_that_would_overflow_are_refused(worker: Worker, fields: dict[str, float]) -> None:
+    assert refusal(worker.address, **GREEDY | fields, prompt="a")[1]["code"] == "invalid_request"
 
 
 # ---------------------------------------------------------------- pictures

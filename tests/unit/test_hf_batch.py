@@ -66,6 +66,7 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 1.5, "seed": 12, "top_p": 0.9},
     {"temperature": 1.0, "seed": 13, "top_k": 20, "min_p": 0.02},
     {"repetition_penalty": 1.3},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5},
     {"stop": ("seven", " 7")},
     {"adapter": "formal"},
     {"adapter": "terse"},

@@ -179,3 +179,37 @@ def test_the_repetition_penalty_looks_at_the_answer_only() -> None:
     params = SamplingParams(temperature=0, repetition_penalty=2.0)
     assert draw(params, prompt=(0, 0, 0)) == 0
     assert draw(params, prompt=(0,), answer=(0,)) == 1
+
+
+@pytest.mark.parametrize(
+    ("penalties", "answer", "expected"),
+    [
+        ({"presence_penalty": 0.5}, (0, 0, 4), [2.5, 2, 1, 0, -1.5, -20]),
+        ({"frequency_penalty": 0.5}, (0, 0, 4), [2, 2, 1, 0, -1.5, -20]),
+        ({"presence_penalty": -2, "frequency_penalty": 1}, (0, 0, 0, 4), [2, 2, 1, 0, 0, -20]),
+        # what is subtracted comes first: a score that falls below 0 is then multiplied
+        ({"frequency_penalty": 2, "repetition_penalty": 2}, (0, 0, 1), [-2, 0, 1, 0, -1, -20]),
+        ({"frequency_penalty": 2}, (), LOGITS),
+    ],
+    ids=str,
+)
+def test_openais_penalties(
+    penalties: dict[str, Any], answer: tuple[int, ...], expected: list[float]
+) -> None:
+    scores = torch.tensor(LOGITS)
+    sampling.Draw(SamplingParams(**penalties)).penalize(scores, answer)
+    assert scores.tolist() == expected
+
+
+def test_presence_counts_once_and_frequency_each_time() -> None:
+    once, twice = (0,), (0, 0)
+    presence = SamplingParams(temperature=0, presence_penalty=0.9)
+    frequency = SamplingParams(temperature=0, frequency_penalty=0.9)
+    assert [draw(presence, answer=answer) for answer in (once, twice)] == [0, 0]
+    assert [draw(frequency, answer=answer) for answer in (once, twice)] == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["repetition", "presence", "frequency"])
+def test_a_penalized_answer_is_not_merely_the_likeliest(name: str) -> None:
+    assert sampling.Draw(SamplingParams(**{f"{name}_penalty": 0.5})).penalizes  # type: ignore[arg-type]
+    assert not sampling.Draw(SamplingParams()).penalizes

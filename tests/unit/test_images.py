@@ -91,3 +91,16 @@ def test_a_line_is_refused() -> None:
     with pytest.raises(BadImage, match="1 x 5000"):
         decode([encoded(Image.new("RGB", (1, 5000)))], max_pixels=LIMIT)
     assert decode([encoded(Image.new("RGB", (10, 2000)))], max_pixels=LIMIT)
+
+
+def test_a_refused_picture_keeps_no_pixels() -> None:
+    """Its error, and with it the frames it has been through, may live on for a while."""
+    data = base64.b64decode(encoded(picture(size=200), "BMP"))
+    with pytest.raises(BadImage) as caught:
+        decode([base64.b64encode(data[:-1000]).decode()], max_pixels=LIMIT)
+    frame = caught.value.__traceback__
+    while frame is not None and "opened" not in frame.tb_frame.f_locals:
+        frame = frame.tb_next
+    assert frame is not None
+    with pytest.raises(ValueError, match="closed"):
+        frame.tb_frame.f_locals["opened"].getpixel((0, 0))

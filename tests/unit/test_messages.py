@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from protocol.messages import (
+    FASTCHAT,
+    LLAVA,
     AdapterSource,
     Capabilities,
     GenerateRequest,
@@ -65,6 +68,10 @@ def test_llavas_status_and_registration_are_valid() -> None:
         {"prompt": "a", "temperature": -1},
         {"prompt": "a", "temperature": float("nan")},
         {"prompt": "a", "top_p": 1.5},
+        {"prompt": "a", "top_k": 2**30},
+        {"prompt": "a", "repetition_penalty": 5e-324},
+        {"prompt": "a", "presence_penalty": 2.1},
+        {"prompt": "a", "frequency_penalty": -2.1},
         {"prompt": "a", "max_new_tokens": 0},
         {"prompt": "a", "stop": ["a", ""]},
         {"prompt": "a", "stop": ["a"] * 17},
@@ -82,6 +89,16 @@ def test_nonsense_is_refused(fields: dict[str, Any]) -> None:
 def test_null_is_nothing() -> None:
     assert request(prompt="a", images=None, stop=None).stop == ()
     assert request(prompt="a", stop="").stop == ()
+
+
+def test_null_is_the_default_in_every_field_that_has_one() -> None:
+    fields = GenerateRequest.model_fields
+    nulls = {name: None for name, field in fields.items() if not field.is_required()}
+    assert request(**nulls | {"prompt": "a"}) == request(prompt="a")
+    wire = json.dumps(nulls | {"model": "m", "prompt": "a"}).encode()
+    assert asgi.parse(GenerateRequest, wire) == request(prompt="a")
+    with pytest.raises(ValidationError, match="model"):
+        request(model=None, prompt="a")
 
 
 def test_placeholders_in_messages() -> None:
@@ -108,6 +125,26 @@ def test_a_refusal_names_the_field_and_not_the_value() -> None:
 def test_missing_capabilities_by_name() -> None:
     asked = request(prompt="a", seed=1, logprobs=2)
     assert Capabilities(seed=True).missing(asked.needs) == ["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "lacking"),
+    [
+        ({"top_k": 5}, {"llava": ["sampling"], "fastchat": []}),
+        ({"repetition_penalty": 1.1}, {"llava": ["sampling"], "fastchat": []}),
+        ({"min_p": 0.1}, {"llava": ["min_p"], "fastchat": ["min_p"]}),
+        ({"presence_penalty": 0.5}, {"llava": ["penalties"], "fastchat": ["penalties"]}),
+        ({"frequency_penalty": -1}, {"llava": ["penalties"], "fastchat": ["penalties"]}),
+        ({"temperature": 0.3, "top_p": 0.9}, {"llava": [], "fastchat": []}),
+    ],
+    ids=str,
+)
+def test_what_the_workers_of_others_would_ignore(
+    asked: dict[str, float], lacking: dict[str, list[str]]
+) -> None:
+    needs = request(prompt="a", **asked).needs
+    assert {"llava": LLAVA.missing(needs), "fastchat": FASTCHAT.missing(needs)} == lacking
+    assert not Capabilities().missing(needs), "ours know them all"
 
 
 @pytest.mark.parametrize("name", ["a", "Formal-1.5_x", "x" * 64])

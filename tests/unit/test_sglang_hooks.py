@@ -70,16 +70,20 @@ def test_a_module_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         hooks.install()
 
 
-# ---------------------------------------------------------------- the repetition penalty
+# ---------------------------------------------------------------- penalties
 
 
-def req(prompt: list[int], answer: list[int], penalty: float = 1.0, resumed: int = 0) -> Any:
-    custom = {"resumed_tokens": resumed} if resumed else None
-    return SimpleNamespace(
-        origin_input_ids=prompt,
-        output_ids=answer,
-        sampling_params=SimpleNamespace(repetition_penalty=penalty, custom_params=custom),
+def req(
+    prompt: list[int], answer: list[int], penalty: float | None = None, resumed: int = 0
+) -> Any:
+    """A request of SGLang's; all its penalties are ``penalty``, or none."""
+    params = SimpleNamespace(
+        repetition_penalty=1.0 if penalty is None else penalty,
+        presence_penalty=penalty or 0.0,
+        frequency_penalty=penalty or 0.0,
+        custom_params={"resumed_tokens": resumed} if resumed else None,
     )
+    return SimpleNamespace(origin_input_ids=prompt, output_ids=answer, sampling_params=params)
 
 
 def test_the_answer_is_what_was_resumed_and_what_was_made() -> None:
@@ -87,75 +91,106 @@ def test_the_answer_is_what_was_resumed_and_what_was_made() -> None:
     assert hooks.answer_so_far(req([1, 2, 3], [4], resumed=2)) == [2, 3, 4]
 
 
-def new_penalizer() -> Any:
+PENALTIES = [hooks.REPETITION, hooks.PRESENCE, hooks.FREQUENCY]
+
+
+def new_penalizer(penalty: hooks.Penalty) -> Any:
     """SGLang's, in few words, with our changes."""
 
-    class BatchedRepetitionPenalizer:
+    class Penalizer:
         def __init__(self, reqs: list[Any]) -> None:
             self.orchestrator = SimpleNamespace(reqs=lambda: reqs)
 
         def _prepare(self) -> None:
-            penalties = [r.sampling_params.repetition_penalty for r in self.orchestrator.reqs()]
-            self.repetition_penalties = torch.tensor(penalties)[:, None]
-            self.cumulated_repetition_penalties = torch.ones(len(penalties), 10)
+            values = torch.tensor([penalty.of(req) for req in self.orchestrator.reqs()])
+            setattr(self, f"{penalty.name}_penalties", values[:, None])
+            table = torch.full((len(values), 10), penalty.neutral)
+            setattr(self, f"cumulated_{penalty.name}_penalties", table)
 
         def _cumulate_output_tokens(self, output_ids: Any) -> None:
-            self.cumulated_repetition_penalties.scatter_(
-                1, output_ids[:, None], self.repetition_penalties
-            )
+            raise AssertionError
 
         def is_prepared(self) -> bool:
-            return hasattr(self, "repetition_penalties")
+            return hasattr(self, f"{penalty.name}_penalties")
 
-    hooks._change_penalizer(
-        SimpleNamespace(BatchedRepetitionPenalizer=BatchedRepetitionPenalizer)  # type: ignore[arg-type]
-    )
-    return BatchedRepetitionPenalizer
-
-
-def punished(penalizer: Any) -> list[dict[int, float]]:
-    rows = penalizer.cumulated_repetition_penalties.tolist()
-    return [{i: round(p, 3) for i, p in enumerate(row) if p != 1.0} for row in rows]
+    Penalizer.__name__ = penalty.penalizer
+    module: Any = SimpleNamespace(**{penalty.penalizer: Penalizer})
+    hooks._change_penalizer(penalty)(module)
+    return Penalizer
 
 
-def test_a_new_batch_knows_the_answers_in_it() -> None:
+def punished(penalty: hooks.Penalty, penalizer: Any) -> list[dict[int, float]]:
+    rows = penalty.table(penalizer).tolist()
+    return [{i: round(p, 3) for i, p in enumerate(row) if p != penalty.neutral} for row in rows]
+
+
+def cost(penalty: hooks.Penalty, value: float, times: int) -> float:
+    return value * times if penalty.each_time else value
+
+
+@pytest.fixture(params=PENALTIES, ids=lambda penalty: penalty.name)
+def penalty(request: pytest.FixtureRequest) -> hooks.Penalty:
+    found: hooks.Penalty = request.param
+    return found
+
+
+def test_a_penalizer_that_is_gone_is_noticed(penalty: hooks.Penalty) -> None:
+    with pytest.raises(hooks.ChangedError, match=penalty.penalizer):
+        hooks._change_penalizer(penalty)(ModuleType("empty"))
+
+
+def test_a_new_batch_knows_the_answers_in_it(penalty: hooks.Penalty) -> None:
     reqs = [req([1, 2, 3], [], 2.0, resumed=2), req([1, 2], [5, 5], 0.5), req([1], [6])]
-    penalizer = new_penalizer()(reqs)
+    penalizer = new_penalizer(penalty)(reqs)
     penalizer._prepare()
-    assert punished(penalizer) == [{2: 2.0, 3: 2.0}, {5: 0.5}, {}]
+    twice = cost(penalty, 0.5, 2)
+    assert punished(penalty, penalizer) == [{2: 2.0, 3: 2.0}, {5: twice}, {}]
 
 
-def test_a_prompt_is_never_punished() -> None:
+def test_a_prompt_is_never_punished(penalty: hooks.Penalty) -> None:
     """Before its first token SGLang gives a prompt's last; behind a picture it is no token."""
     reqs = [req([1, 2], [7], 2.0), req([1, 10**9], [], 2.0)]
-    penalizer = new_penalizer()(reqs)
+    penalizer = new_penalizer(penalty)(reqs)
     penalizer._prepare()
     penalizer._cumulate_output_tokens(torch.tensor([7, 10**9]))
-    assert punished(penalizer) == [{7: 2.0}, {}]
+    assert punished(penalty, penalizer) == [{7: 2.0}, {}]
     reqs[0].output_ids, reqs[1].output_ids = [7, 8], [4]
     penalizer._cumulate_output_tokens(torch.tensor([8, 4]))
-    assert punished(penalizer) == [{7: 2.0, 8: 2.0}, {4: 2.0}]
+    assert punished(penalty, penalizer) == [{7: 2.0, 8: 2.0}, {4: 2.0}]
 
 
-def test_no_token_is_skipped_where_a_prefill_comes_between_two_steps() -> None:
-    reqs = [req([1], [], 2.0), req([1], [], 1.0), req([1], [], 0.5)]
-    penalizer = new_penalizer()(reqs)
+def test_no_token_is_skipped_or_counted_twice(penalty: hooks.Penalty) -> None:
+    """Where a prefill comes between two steps, an answer has grown by two or not at all."""
+    reqs = [req([1], [], 2.0), req([1], []), req([1], [], 0.5)]
+    penalizer = new_penalizer(penalty)(reqs)
     penalizer._prepare()
-    for answer in ([], [3], [3, 4, 5], [3, 4, 5, 6]):  # what is known at each step of them
+    for answer in ([], [3], [3], [3, 4, 4], [3, 4, 4, 6]):  # what is known at each step of them
         reqs[0].output_ids = reqs[1].output_ids = array("q", answer)
         last = answer[-1] if answer else 1
         penalizer._cumulate_output_tokens(torch.tensor([last, last, 1]))
-    assert punished(penalizer) == [{3: 2.0, 4: 2.0, 5: 2.0, 6: 2.0}, {}, {}]
+    assert punished(penalty, penalizer) == [{3: 2.0, 4: cost(penalty, 2.0, 2), 6: 2.0}, {}, {}]
 
 
 class Info:
-    def __init__(self, penalizer: Any) -> None:
-        self.penalizer_orchestrator = SimpleNamespace(penalizers={type(penalizer): penalizer})
-        self.acc_scaling_penalties = torch.ones(2, 10)
+    acc_scaling_penalties: Any
+    acc_additive_penalties: Any
+
+    def __init__(self, *penalizers: Any) -> None:
+        by_kind = {type(penalizer): penalizer for penalizer in penalizers}
+        self.penalizer_orchestrator = SimpleNamespace(penalizers=by_kind)
 
     def copy_for_forward(self) -> Info:
         copied = Info.__new__(Info)
-        copied.acc_scaling_penalties = self.acc_scaling_penalties.clone()
+        copied.acc_scaling_penalties = torch.ones(3, 10)
+        copied.acc_additive_penalties = torch.zeros(3, 10)
+        for kind, penalizer in self.penalizer_orchestrator.penalizers.items():
+            if not penalizer.is_prepared():
+                continue
+            table = hooks.PENALIZERS[kind.__name__].table(penalizer)
+            if "Repetition" in kind.__name__:
+                copied.acc_scaling_penalties *= table
+            else:
+                copied.acc_additive_penalties -= table
         return copied
 
 
@@ -167,26 +202,57 @@ def changed_info(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("decodes", [True, False])
 def test_the_newest_token_is_punished_in_its_own_step(changed_info: None, decodes: bool) -> None:
-    penalizer = new_penalizer()([req([1], [2], 2.0), req([1], [3])])
-    penalizer._prepare()
-    info = Info(penalizer)
+    """Here the newest of each is 2: the first has had it, the second's is known already."""
+    reqs = [req([1], [2, 2], 2.0), req([1], [5, 2], 2.0), req([1], [3])]
+    penalizers = [new_penalizer(penalty)(reqs) for penalty in PENALTIES]
+    for penalizer in penalizers:
+        penalizer._prepare()
+    info = Info(*penalizers)
     batch = SimpleNamespace(
         sampling_info=info.copy_for_forward(),
         forward_mode=SimpleNamespace(is_decode=lambda: decodes),
-        input_ids=torch.tensor([4, 5], dtype=torch.int32),
+        input_ids=torch.tensor([2, 2, 2, 0], dtype=torch.int32),  # longer than the batch, as
+        seq_lens=torch.tensor([4, 3, 3, 1]),  # graphs on a GPU pad it
     )
     hooks.penalize_newest(batch)
-    accumulated = batch.sampling_info.acc_scaling_penalties
-    assert accumulated[0, 4] == (2.0 if decodes else 1.0)
-    assert accumulated.ne(1).sum() == int(decodes)
-    assert info.acc_scaling_penalties.eq(1).all(), "the copy alone is changed"
+    scaling, additive = (
+        batch.sampling_info.acc_scaling_penalties,
+        batch.sampling_info.acc_additive_penalties,
+    )
+    assert scaling[:, 2].tolist() == [2.0, 2.0, 1.0]
+    times = 3 if decodes else 2
+    assert additive[:, 2].tolist() == [-2.0 - 2 * times, -2.0 - 2, 0.0]
+    assert additive.ne(0).sum() == 3, "no other token is charged"
+    assert [punished(*pair)[0][2] for pair in zip(PENALTIES, penalizers, strict=True)] == [
+        2.0,
+        2.0,
+        4.0,
+    ], "the copy alone is changed"
+
+
+def test_a_first_token_is_punished_in_the_second_step(changed_info: None) -> None:
+    reqs = [req([1], [], 2.0)] * 3
+    penalizers = [new_penalizer(penalty)(reqs) for penalty in PENALTIES]
+    for penalizer in penalizers:
+        penalizer._prepare()
+    batch = SimpleNamespace(
+        sampling_info=Info(*penalizers).copy_for_forward(),
+        forward_mode=SimpleNamespace(is_decode=lambda: True),
+        input_ids=torch.tensor([2, 3, 4]),
+        seq_lens=torch.tensor([2, 2, 2]),
+    )
+    hooks.penalize_newest(batch)
+    assert batch.sampling_info.acc_additive_penalties[0, 2] == -4
+    assert batch.sampling_info.acc_scaling_penalties[0, 2] == 2
 
 
 def test_without_penalties_there_is_nothing_to_count(changed_info: None) -> None:
-    penalizer = new_penalizer()([req([1], [2])])
-    batch = SimpleNamespace(sampling_info=Info(penalizer).copy_for_forward())
+    reqs = [req([1], [2])]
+    info = Info(*(new_penalizer(penalty)(reqs) for penalty in PENALTIES))  # none is prepared
+    batch = SimpleNamespace(sampling_info=info.copy_for_forward())
     hooks.penalize_newest(batch)
     assert batch.sampling_info.acc_scaling_penalties.eq(1).all()
+    assert batch.sampling_info.acc_additive_penalties.eq(0).all()
 
 
 # ---------------------------------------------------------------- log probabilities

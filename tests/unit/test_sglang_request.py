@@ -48,6 +48,7 @@ def sampling(**given: Any) -> dict[str, Any]:
 
 def test_all_that_changes_the_choice_is_passed_on() -> None:
     given = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+    given |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     assert sampling(**given, stop=["a", "b"]) == given | {
         "max_new_tokens": 5,
         "stop": ["a", "b"],
@@ -100,7 +101,16 @@ def test_our_server_is_told_how_much_is_resumed() -> None:
     assert "custom_params" not in sampling(ours=False, resume_token_ids=[8, 9])
 
 
-@pytest.mark.parametrize("given", [{"repetition_penalty": 1.1}, {"regex": "a"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"regex": "a"},
+    ],
+    ids=str,
+)
 def test_another_server_cannot_resume_what_it_must_know(given: dict[str, Any]) -> None:
     resumed = request(resume_token_ids=[1], **given)
     check(resumed, seeded=False, ours=True)

@@ -22,6 +22,7 @@ from protocol.messages import (
 from workers.echo.settings import EchoSettings
 from workers.engine import EngineInfo, EngineLoad, Progress
 from workers.images import Picture
+from workers.prompts import check_resumable
 from workers.text import TextStream
 
 END = 256
@@ -55,6 +56,7 @@ class EchoEngine:
     async def generate(
         self, request: GenerateRequest, images: Sequence[Picture]
     ) -> AsyncGenerator[Delta | Finished]:
+        check_resumable(request.resume_token_ids, vocab_size=END + 1, image_token_id=None)
         prompt_tokens = request.prompt_chars + IMAGE_TOKENS * len(images)
         room = self._settings.context_length - prompt_tokens
         if room < 1:

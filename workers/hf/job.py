@@ -42,7 +42,7 @@ class Job:
     @property
     def plain(self) -> bool:
         """Whether the likeliest token is the next one, with nothing else to regard."""
-        return self.draw.greedy and self.draw.penalty == 1.0 and self.grammar is None
+        return self.draw.greedy and not self.draw.penalizes and self.grammar is None
 
     @property
     def position(self) -> int:
@@ -50,7 +50,7 @@ class Job:
         return self.prompt_tokens + len(self.ids) - 1
 
     def shape(self, scores: torch.Tensor) -> None:
-        """Change ``scores`` [vocabulary] (float32) in place by penalty and grammar."""
+        """Change ``scores`` [vocabulary] (float32) in place by penalties and grammar."""
         self.draw.penalize(scores, self.ids)
         if self.grammar is not None:
             self.grammar.mask(scores)

@@ -9,6 +9,7 @@ top_k, top_p and min_p are those of SGLang, so that equal logits give equal draw
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,11 @@ class Draw:
         self.top_k = params.top_k
         self.top_p = params.top_p
         self.min_p = params.min_p
-        self.penalty = params.repetition_penalty
+        self.repetition_penalty = params.repetition_penalty
+        self.presence_penalty = params.presence_penalty
+        self.frequency_penalty = params.frequency_penalty
+        self.additive = params.presence_penalty != 0 or params.frequency_penalty != 0
+        self.penalizes = self.additive or params.repetition_penalty != 1
         self.narrows = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         seed = secrets.randbits(63) if params.seed is None else params.seed
         self._seed_state = _mix(_mix(0, seed & _U32), seed >> 32)
@@ -42,15 +47,21 @@ class Draw:
         return state
 
     def penalize(self, scores: torch.Tensor, answer_ids: Sequence[int]) -> None:
-        """Apply the repetition penalty to ``scores`` [vocabulary] in place.
+        """Apply the penalties to ``scores`` [vocabulary] in place.
 
-        It looks at the answer only, as SGLang's does. Formula: Keskar et al. 2019 (CTRL), 4.1.
+        They look at the answer only, as SGLang's do, and in its order: what is subtracted first
+        (OpenAI's formula), then the repetition penalty (Keskar et al. 2019, CTRL, 4.1).
         """
-        if self.penalty == 1.0 or not answer_ids:
+        if not self.penalizes or not answer_ids:
             return
-        seen = torch.tensor(sorted(set(answer_ids)), device=scores.device)
+        counts = Counter(answer_ids)
+        seen = torch.tensor(list(counts), device=scores.device)
         at = scores[seen]
-        scores[seen] = torch.where(at < 0, at * self.penalty, at / self.penalty)
+        if self.additive:
+            times = torch.tensor(list(counts.values()), dtype=at.dtype, device=at.device)
+            at = at - (self.frequency_penalty * times + self.presence_penalty)
+        repetition = self.repetition_penalty
+        scores[seen] = torch.where(at < 0, at * repetition, at / repetition)
 
 
 def choose(

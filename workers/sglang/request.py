@@ -21,6 +21,9 @@ it was started by us, and so does all that ``server.hooks`` says."""
 RESUMED = "resumed_tokens"
 """In ``custom_params``: how many of the last tokens of the prompt are the answer's."""
 
+NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""The penalties, here as in SGLang, and the values that change nothing."""
+
 
 class GrammarSpec(SamplingParams):
     """What ``server.grammar`` needs to know: ``json_schema`` or ``regex``, and these."""
@@ -62,9 +65,10 @@ def check(request: GenerateRequest, *, seeded: bool, ours: bool) -> None:
         )
     if ours or not request.resume_token_ids:
         return
-    if request.repetition_penalty != 1.0:
-        # It would not know the resumed tokens for its own, and so not punish them.
-        raise Unsupported("SGLang cannot resume an answer with a repetition_penalty.")
+    for penalty, neutral in NEUTRAL.items():
+        if getattr(request, penalty) != neutral:
+            # It would not know the resumed tokens for its own, and so not punish them.
+            raise Unsupported(f"SGLang cannot resume an answer with a {penalty}.")
     if "grammar" in request.needs:
         raise Unsupported("SGLang cannot resume an answer inside a json_schema or regex.")
 
@@ -111,7 +115,7 @@ def _sampling(request: GenerateRequest, max_new_tokens: int) -> dict[str, Any]:
         "top_p": 1.0 if likeliest_only else request.top_p,
         "top_k": 1 if likeliest_only else request.top_k or -1,
         "min_p": request.min_p,
-        "repetition_penalty": request.repetition_penalty,
+        **{penalty: getattr(request, penalty) for penalty in NEUTRAL},
         "stop": list(request.stop),
     }
 

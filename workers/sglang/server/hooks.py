@@ -3,9 +3,9 @@
 * Grammars come from ``server.grammar``, through SGLang's own registry of grammar backends: the
   same tokens may come next as in the other kinds, and a grammar can be resumed.
 * Log probabilities are those of the network. SGLang's are taken after penalties and grammar.
-* The repetition penalty knows the whole answer: the tokens that a request resumes, the newest one,
-  which overlapped scheduling counts a step late, and no token of the prompt. It also knows those
-  made before the request had to leave the batch for a while.
+* The penalties know the whole answer: the tokens that a request resumes, the newest one, which
+  overlapped scheduling counts a step late, and no token of the prompt. They also know those made
+  before the request had to leave the batch for a while.
 * No answer holds the token that stands for an image.
 * The tokens that a scheduler reports as used are all that the cache holds. SGLang's are those that
   running requests need; what waits to be asked again is left out.
@@ -18,7 +18,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,13 +130,54 @@ def _sampling(sample: Function) -> Function:
     return sample_as_asked
 
 
-# ---------------------------------------------------------------- the repetition penalty
+# ---------------------------------------------------------------- penalties
 
 
-def _change_penalizer(module: ModuleType) -> None:
-    penalizer = module.BatchedRepetitionPenalizer
-    wrap(penalizer, "_prepare", ("self",), _preparing)
-    wrap(penalizer, "_cumulate_output_tokens", ("self", "output_ids"), _cumulating)
+@dataclass(frozen=True, slots=True)
+class Penalty:
+    """One of SGLang's, and the names it has there."""
+
+    name: str
+    neutral: float
+    each_time: bool = False  # the more often a token has come, the more it costs
+
+    @property
+    def penalizer(self) -> str:
+        return f"Batched{self.name.capitalize()}Penalizer"
+
+    @property
+    def counted(self) -> str:
+        """Set on a request: how many of its tokens its penalizer knows."""
+        return f"tandem_{self.name}_counted"
+
+    def of(self, req: Any) -> float:
+        value: float = getattr(req.sampling_params, f"{self.name}_penalty")
+        return value
+
+    def values(self, penalizer: Any) -> Any:
+        """What each request asked for, [requests, 1]."""
+        return getattr(penalizer, f"{self.name}_penalties")
+
+    def table(self, penalizer: Any) -> Any:
+        """What each token would cost now, [requests, vocabulary]."""
+        return getattr(penalizer, f"cumulated_{self.name}_penalties")
+
+
+REPETITION = Penalty("repetition", 1.0)
+PRESENCE = Penalty("presence", 0.0)
+FREQUENCY = Penalty("frequency", 0.0, each_time=True)
+
+
+def _change_penalizer(penalty: Penalty) -> imports.Action:
+    def change(module: ModuleType) -> None:
+        penalizer = getattr(module, penalty.penalizer, None)
+        if penalizer is None:
+            raise ChangedError(f"the name {penalty.penalizer}")
+        cumulating = partial(_cumulating, penalty)
+        wrap(penalizer, "_prepare", ("self",), partial(_preparing, penalty))
+        wrap(penalizer, "_cumulate_output_tokens", ("self", "output_ids"), cumulating)
+
+    return change
 
 
 def answer_so_far(req: Any) -> list[int]:
@@ -143,38 +187,48 @@ def answer_so_far(req: Any) -> list[int]:
     return [*prompt[len(prompt) - resumed :], *req.output_ids]
 
 
-def _preparing(prepare: Function) -> Function:
+def _preparing(penalty: Penalty, prepare: Function) -> Function:
+    import torch
+
     def prepare_with_answers(self: Any) -> None:
         prepare(self)
+        table = penalty.table(self)
         for row, req in enumerate(self.orchestrator.reqs()):
-            penalty = req.sampling_params.repetition_penalty
-            if penalty != 1.0 and (seen := answer_so_far(req)):
-                self.cumulated_repetition_penalties[row, sorted(set(seen))] = penalty
+            value = penalty.of(req)
+            if value == penalty.neutral:
+                continue
+            setattr(req, penalty.counted, len(req.output_ids))
+            if counts := Counter(answer_so_far(req)):
+                costs = [value * n if penalty.each_time else value for n in counts.values()]
+                table[row, list(counts)] = torch.tensor(costs, device=table.device)
 
     return prepare_with_answers
 
 
-def _cumulating(_cumulate: Function) -> Function:
-    import torch
+def _cumulating(penalty: Penalty, _cumulate: Function) -> Function:
 
     def cumulate_answers(self: Any, output_ids: Any) -> None:
         # SGLang gives the newest one known, or the prompt's last. Answers have grown by two
         # where another request's prefill has come between two steps.
-        pairs = [
-            (row, token_id)
-            for row, req in enumerate(self.orchestrator.reqs())
-            if req.sampling_params.repetition_penalty != 1.0
-            for token_id in req.output_ids[-2:]
-        ]
+        pairs = []
+        for row, req in enumerate(self.orchestrator.reqs()):
+            if penalty.of(req) != penalty.neutral:
+                pairs += [(row, token) for token in req.output_ids[getattr(req, penalty.counted) :]]
+                setattr(req, penalty.counted, len(req.output_ids))
         if not pairs:
             return
-        # As SGLang does it: to wait for the copy would be to wait for the step before.
-        found = torch.tensor(pairs, pin_memory=output_ids.is_cuda)
-        rows, token_ids = found.to(output_ids.device, non_blocking=True).unbind(1)
-        penalties = self.repetition_penalties[rows, 0]
-        self.cumulated_repetition_penalties[rows, token_ids] = penalties
+        rows, token_ids = _sent(pairs, output_ids.device).unbind(1)
+        values = penalty.values(self)[rows, 0]
+        penalty.table(self).index_put_((rows, token_ids), values, accumulate=penalty.each_time)
 
     return cumulate_answers
+
+
+def _sent(values: Sequence[Any], device: Any) -> Any:
+    """A tensor of ``values``, as SGLang sends them: to wait for it is to wait for the last step."""
+    import torch
+
+    return torch.tensor(values, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _change_sampling_info(module: ModuleType) -> None:
@@ -184,24 +238,50 @@ def _change_sampling_info(module: ModuleType) -> None:
 def _copying(copy_for_forward: Function) -> Function:
     def copy_with_penalties(self: Any) -> Any:
         copied = copy_for_forward(self)
-        found = [
-            penalizer.repetition_penalties
+        copied.penalties_of_newest = {
+            penalty: found
             for kind, penalizer in self.penalizer_orchestrator.penalizers.items()
-            if kind.__name__ == "BatchedRepetitionPenalizer" and penalizer.is_prepared()
-        ]
-        copied.repetition_penalties = found[0] if found else None  # [requests, 1]
+            if penalizer.is_prepared() and (penalty := PENALIZERS.get(kind.__name__))
+            for found in [_of_newest(penalty, penalizer)]
+        }
         return copied
 
     return copy_with_penalties
 
 
+def _of_newest(penalty: Penalty, penalizer: Any) -> tuple[Any, Any]:
+    """What to charge for the newest tokens, and what tells whether it has been.
+
+    The tables change while the copy is used.
+    """
+    values = penalty.values(penalizer)
+    if penalty is FREQUENCY:
+        known = [
+            len(req.origin_input_ids) + getattr(req, penalty.counted, 0)
+            for req in penalizer.orchestrator.reqs()
+        ]
+        return values, _sent(known, values.device)[:, None]
+    return values, penalty.table(penalizer).clone() if penalty is PRESENCE else None
+
+
 def penalize_newest(forward_batch: Any) -> None:
     """Count the tokens that this step goes on from, which SGLang may not know yet."""
     info = forward_batch.sampling_info
-    penalties = getattr(info, "repetition_penalties", None)
-    if penalties is not None and forward_batch.forward_mode.is_decode():
-        newest = forward_batch.input_ids[: len(penalties)].long()
-        info.acc_scaling_penalties.scatter_(1, newest[:, None], penalties)
+    penalties = getattr(info, "penalties_of_newest", None)
+    if not penalties or not forward_batch.forward_mode.is_decode():
+        return
+    for penalty, (values, known) in penalties.items():
+        newest = forward_batch.input_ids[: len(values), None].long()
+        if penalty is REPETITION:
+            info.acc_scaling_penalties.scatter_(1, newest, values)
+        elif penalty is PRESENCE:
+            info.acc_additive_penalties.scatter_add_(1, newest, known.gather(1, newest) - values)
+        else:
+            unknown = forward_batch.seq_lens[: len(values), None] - known  # 0 or 1
+            info.acc_additive_penalties.scatter_add_(1, newest, -values * unknown)
+
+
+PENALIZERS = {penalty.penalizer: penalty for penalty in (REPETITION, PRESENCE, FREQUENCY)}
 
 
 # ---------------------------------------------------------------- the cache
@@ -225,7 +305,9 @@ ACTIONS: dict[str, imports.Action] = {
     "sglang.srt.constrained.base_grammar_backend": _register_backend,
     "sglang.srt.managers.scheduler_components.load_inquirer": _change_loads,
     "sglang.srt.model_executor.model_runner": _change_runner,
-    "sglang.srt.sampling.penaltylib.repetition_penalty": _change_penalizer,
+    "sglang.srt.sampling.penaltylib.frequency_penalty": _change_penalizer(FREQUENCY),
+    "sglang.srt.sampling.penaltylib.presence_penalty": _change_penalizer(PRESENCE),
+    "sglang.srt.sampling.penaltylib.repetition_penalty": _change_penalizer(REPETITION),
     "sglang.srt.sampling.sampling_batch_info": _change_sampling_info,
 }
 """By module of SGLang: what is done to it."""

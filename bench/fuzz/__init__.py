@@ -1,0 +1,1 @@
+"""Wrong requests through a real controller to a real worker, and what must hold of them."""
