@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any, Literal
@@ -119,7 +120,7 @@ class Controller:
         await self._call("POST", f"/workers/{quote(worker_id, safe='')}/{command}")
 
     async def samples(self) -> dict[str, float]:
-        """The controller's metrics without labels, and the buckets of the time to first token.
+        """The controller's metrics over all models, and the buckets of the time to first token.
 
         Raises:
             ControllerAway: it does not answer.
@@ -128,16 +129,16 @@ class Controller:
             response = await self._http.get("/metrics")
         except httpx.HTTPError as exc:
             raise ControllerAway(_reason(exc)) from exc
-        found: dict[str, float] = {}
+        found: dict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(response.text if response.is_success else ""):
             for sample in family.samples:
                 if sample.name == "tandem_ttft_seconds_bucket":
-                    found[f"ttft<={sample.labels['le']}"] = sample.value
+                    found[f"ttft<={sample.labels['le']}"] += sample.value
                 elif sample.name == "tandem_requests_total":
-                    found[f"outcome={sample.labels['outcome']}"] = sample.value
-                elif not sample.labels:
-                    found[sample.name] = sample.value
-        return found
+                    found[f"outcome={sample.labels['outcome']}"] += sample.value
+                elif sample.name.startswith("tandem_") and sample.name.endswith("_total"):
+                    found[sample.name] += sample.value
+        return dict(found)
 
     async def generate(self, fields: dict[str, Any]) -> AsyncGenerator[Event]:
         """The events of one answer; closing the iterator cancels it, end to end.
