@@ -132,7 +132,7 @@ class Controller:
         found: dict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(response.text if response.is_success else ""):
             for sample in family.samples:
-                if sample.name == "tandem_ttft_seconds_bucket":
+                if sample.name == "tandem_time_to_first_token_seconds_bucket":
                     found[f"ttft<={sample.labels['le']}"] += sample.value
                 elif sample.name == "tandem_requests_total":
                     found[f"outcome={sample.labels['outcome']}"] += sample.value

@@ -76,12 +76,12 @@ class Stage:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(
-            "# TYPE tandem_ttft_seconds histogram\n"
-            'tandem_ttft_seconds_bucket{model="m",le="0.5"} 10\n'
-            'tandem_ttft_seconds_bucket{model="m",le="+Inf"} 10\n'
-            "# TYPE tandem_generated_tokens counter\n"
-            'tandem_generated_tokens_total{model="m"} 500\n'
-            'tandem_generated_tokens_total{model="n"} 20\n'
+            "# TYPE tandem_time_to_first_token_seconds histogram\n"
+            'tandem_time_to_first_token_seconds_bucket{model="m",le="0.5"} 10\n'
+            'tandem_time_to_first_token_seconds_bucket{model="m",le="+Inf"} 10\n'
+            "# TYPE tandem_generation_tokens counter\n"
+            'tandem_generation_tokens_total{model="m"} 500\n'
+            'tandem_generation_tokens_total{model="n"} 20\n'
         )
 
 
@@ -247,7 +247,7 @@ async def test_the_watch_sees_the_controller_go_and_come_back() -> None:
         assert watch.view.adapters("m") == ["terse"]
         assert watch.view.kinds("m") == ["hf"]
         assert watch.history[-1].waiting == 2
-        assert watch.counters["tandem_generated_tokens_total"] == 520
+        assert watch.counters["tandem_generation_tokens_total"] == 520
         assert watch.counters["ttft<=0.5"] == 10
         await stage.kill()
         await watch.look()
