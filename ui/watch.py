@@ -89,7 +89,7 @@ class Watch:
         tokens_per_s = 0.0
         if self._before:
             at, last = self._before[-1]
-            grown = _grown(last, counters, "tandem_generated_tokens_total")
+            grown = _grown(last, counters, "tandem_generation_tokens_total")
             tokens_per_s = grown / max(now - at, 0.001)
         first = self._before[0][1] if self._before else counters
         self._before.append((now, counters))

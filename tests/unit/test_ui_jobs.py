@@ -76,11 +76,14 @@ class Stage:
 
     async def _metrics(self, request: Request) -> Response:
         return Response(
-            "# TYPE tandem_ttft_seconds histogram\n"
-            'tandem_ttft_seconds_bucket{le="0.5"} 10\n'
-            'tandem_ttft_seconds_bucket{le="+Inf"} 10\n'
-            "# TYPE tandem_generated_tokens counter\n"
-            "tandem_generated_tokens_total 500\n"
+            "# TYPE tandem_time_to_first_token_seconds histogram\n"
+            'tandem_time_to_first_token_seconds_bucket{model="a",le="0.5"} 6\n'
+            'tandem_time_to_first_token_seconds_bucket{model="a",le="+Inf"} 6\n'
+            'tandem_time_to_first_token_seconds_bucket{model="b",le="0.5"} 4\n'
+            'tandem_time_to_first_token_seconds_bucket{model="b",le="+Inf"} 4\n'
+            "# TYPE tandem_generation_tokens counter\n"
+            'tandem_generation_tokens_total{model="a"} 300\n'
+            'tandem_generation_tokens_total{model="b"} 200\n'
         )
 
 
