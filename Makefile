@@ -30,6 +30,8 @@ test: export HF_HUB_DISABLE_TELEMETRY = 1
 test: export DO_NOT_TRACK = 1
 test: $(READY) $(FASTCHAT)/.ready ## all tests; no GPU and no network needed
 	@command -v curl >/dev/null || { apt-get update -qq && apt-get install -y -qq curl; } # the README uses it
+	@command -v chromium >/dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium fonts-inter fonts-noto-core; } # tests/browser
 	@$(BIN)/python -m pytest
 
 # What older libraries do to each other, such as deprecations, is no concern of ours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -40,6 +41,9 @@ def up(file: Path | None, run_dir_path: Path, *, log_json: bool) -> int:
     plan = demo(gpu=machine.gpu_present()) if file is None else load(file)
     run_dir = RunDir(run_dir_path.expanduser().resolve())
     console = make_console()
+    if plan.page is not None and not machine.installed("gradio"):
+        console.print("The chat page is left out: it needs Gradio (pip install 'tandem[ui]').")
+        plan = dataclasses.replace(plan, page=None)
     elsewhere = run_dir.path != DEFAULT_RUN_DIR
     view = View(console, options=f" --run-dir {run_dir.path}" if elsewhere else "")
     with run_dir.claimed():

@@ -22,6 +22,9 @@ controller:
   port: 21001              # or auto: a free one
   args: [--dispatch-method, shortest_queue]
 
+ui:                        # the chat page; leave the section out for none
+  port: 7860               # or auto
+
 workers:                   # as many as you like, started together
   - kind: sglang           # sglang batches; hf takes quantized and LoRA models
     model-path: models/pocket-llava    # beside this file, in the checkout, or a Hugging Face id
@@ -102,6 +105,10 @@ class ControllerSection(Section):
     port: Port = 21001
 
 
+class UiSection(Section):
+    port: Port = 7860
+
+
 class WorkerSection(Section):
     kind: Literal["sglang", "hf", "echo"]
     name: str | None = Field(default=None, pattern=NAME)
@@ -117,6 +124,7 @@ class ClusterFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     controller: ControllerSection = ControllerSection()
+    ui: UiSection | None = None
     workers: tuple[WorkerSection, ...]
 
 
@@ -176,6 +184,8 @@ def _suggestion(location: Location) -> str:
     section: type[BaseModel] = ClusterFile
     if location[0] == "controller" and len(location) > 1:
         section = ControllerSection
+    elif location[0] == "ui" and len(location) > 1:
+        section = UiSection
     elif location[0] == "workers" and len(location) > 1:
         section = WorkerSection
     keys = [field.alias or name for name, field in section.model_fields.items()]

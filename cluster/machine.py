@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -31,6 +32,11 @@ def gpu_present() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return listed.returncode == 0 and b"GPU " in listed.stdout
+
+
+def installed(module: str) -> bool:
+    """Whether ``module`` could be imported here."""
+    return importlib.util.find_spec(module) is not None
 
 
 def free_port(host: str, *, besides: Collection[int | None] = ()) -> int:

@@ -1,7 +1,4 @@
-"""A cluster file to a frozen plan: which processes, in which order, with which flags.
-
-A further process (a chat page) is one more ``ProcessPlan`` after the controller.
-"""
+"""A cluster file to a frozen plan: which processes, in which order, with which flags."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from cluster.config import ClusterFile, ConfigError, WorkerSection, parse
+from cluster.config import ClusterFile, ConfigError, UiSection, WorkerSection, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: children run from here."""
@@ -25,6 +22,7 @@ Locate = Callable[[str], str]
 
 class Role(StrEnum):
     CONTROLLER = "controller"
+    PAGE = "page"  # for people: the chat
     WORKER = "worker"
 
 
@@ -57,6 +55,8 @@ class ProcessPlan:
             argv += ["--worker-id", self.name, "--controller-address", controller_address]
             if "--worker-address" not in self.args:
                 argv += ["--worker-address", self.address(port)]
+        elif self.role is Role.PAGE:
+            argv += ["--controller-address", controller_address]
         if log_json:
             argv.append("--log-json")
         return [*argv, *self.args]
@@ -64,15 +64,17 @@ class ProcessPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A cluster: the controller starts first, then the workers together."""
+    """A cluster: the controller starts first, then the page and the workers together."""
 
     source: str
     controller: ProcessPlan
     workers: tuple[ProcessPlan, ...]
+    page: ProcessPlan | None = None
 
     @property
     def processes(self) -> tuple[ProcessPlan, ...]:
-        return (self.controller, *self.workers)
+        page = () if self.page is None else (self.page,)
+        return (self.controller, *page, *self.workers)
 
 
 def build(cluster: ClusterFile, source: str, locate: Locate) -> Plan:
@@ -101,7 +103,9 @@ def build(cluster: ClusterFile, source: str, locate: Locate) -> Plan:
     for index, section in enumerate(cluster.workers):
         where = f"{source}: workers[{index}]"
         workers += _workers(section, where, locate, seen=[worker.kind for worker in workers])
-    plan = Plan(source=source, controller=controller, workers=tuple(workers))
+    plan = Plan(
+        source=source, controller=controller, workers=tuple(workers), page=_page(cluster.ui)
+    )
     _refuse_twins(plan)
     return plan
 
@@ -124,7 +128,7 @@ def load(path: Path) -> Plan:
 
 
 def demo(*, gpu: bool) -> Plan:
-    """Controller, one SGLang and one HF worker on the embedded model.
+    """Controller, chat page, one SGLang and one HF worker on the embedded model.
 
     Raises:
         ConfigError: the embedded model is missing from the checkout.
@@ -136,7 +140,7 @@ def demo(*, gpu: bool) -> Plan:
         # SGLang takes nearly all of a GPU unless told otherwise, and these two share one.
         sglang["args"] = ["--", "--mem-fraction-static", "0.5"]
     workers = [worker | sglang | {"kind": "sglang"}, worker | {"kind": "hf"}]
-    cluster = ClusterFile.model_validate({"workers": workers})
+    cluster = ClusterFile.model_validate({"ui": {}, "workers": workers})
     return build(cluster, "the demo", locate_beside(ROOT / "demo"))
 
 
@@ -156,6 +160,21 @@ def locate_beside(path: Path) -> Locate:
         raise ConfigError(f"there is no model at {written}")
 
     return locate
+
+
+def _page(section: UiSection | None) -> ProcessPlan | None:
+    if section is None:
+        return None
+    return ProcessPlan(
+        name="ui",
+        role=Role.PAGE,
+        kind="page",
+        module="ui",
+        host=section.host,
+        port=section.port,
+        args=section.args,
+        env=section.env,
+    )
 
 
 def _workers(

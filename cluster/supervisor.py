@@ -1,8 +1,8 @@
 """Starts the processes of a plan, keeps them alive, and stops them.
 
-The controller comes first; when it answers, all workers start together, each watched by a task of
-its own. Stopping is one path, however it was asked for: SIGTERM to all, so that they drain; after
-``DRAIN_LIMIT_S`` a second one, so that they end their streams with an error; after
+The controller comes first; when it answers, the page and all workers start together, each watched
+by a task of its own. Stopping is one path, however it was asked for: SIGTERM to all, so that they
+drain; after ``DRAIN_LIMIT_S`` a second one, so that they end their streams with an error; after
 ``ABORT_LIMIT_S`` more, SIGKILL.
 """
 
@@ -59,7 +59,8 @@ class Supervisor:
             Child(process, LogFile(run_dir.logs / f"{process.name}.log"))
             for process in plan.processes
         ]
-        self._controller, *self._workers = self._children
+        self._controller, *self._others = self._children
+        self._workers = [child for child in self._others if child.plan.role is Role.WORKER]
         self._changed = anyio.Event()
         self._working = anyio.CancelScope()
         self._started_at = 0.0
@@ -97,10 +98,10 @@ class Supervisor:
                 await to_thread.run_sync(child.log.rotate)
             keepers.start_soon(self._keep, self._controller)
             await self._controller.settled.wait()
-            for worker in self._workers:
-                keepers.start_soon(self._keep, worker)
-            for worker in self._workers:
-                await worker.settled.wait()
+            for child in self._others:
+                keepers.start_soon(self._keep, child)
+            for child in self._others:
+                await child.settled.wait()
             if self._workers and all(worker.given_up for worker in self._workers):
                 self._give_up("No worker could be started, so the cluster stops.")
             else:
@@ -196,7 +197,7 @@ class Supervisor:
                 child.progress = health.progress
                 self._tell(child, f"{health.progress} ...", explain=False, passing=True)
             await anyio.sleep(POLL_S)
-        if child.plan.role is Role.CONTROLLER:
+        if child.plan.role is not Role.WORKER:
             return
         await self._describe(child, address)
         with anyio.move_on_after(REGISTER_LIMIT_S):

@@ -183,6 +183,8 @@ def next_steps(cluster: ClusterRecord, options: str = "") -> list[str]:
             f"  {_curl(address)} -d {shlex.quote(json.dumps(body))}",
             "",
         ]
+    pages = [process for process in cluster.processes if process.role is Role.PAGE and _up(process)]
+    lines += [f"Chat:              {page.address} in a browser" for page in pages]
     lines += [
         f"OpenAI clients:    base URL {address}/v1; any API key, unless yours asks for one",
         f"What it does:      {address}/cluster and {address}/metrics",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
-OURS = ["cluster", "controller", "protocol", "transport", "workers"]
+OURS = ["cluster", "controller", "protocol", "transport", "ui", "workers"]
 
 
 @pytest.fixture(scope="session")

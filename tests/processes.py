@@ -70,18 +70,18 @@ class Process:
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
-    def address(self) -> str:
+    def address(self, timeout_s: float = 15) -> str:
         """Where it listens, from its log."""
 
         def listening() -> str:
             self._must_live()
             return next((e["address"] for e in self.entries() if e["event"] == "listening"), "")
 
-        return until(listening, what=f"{self.module} listens", say=self.tail)
+        return until(listening, timeout_s=timeout_s, what=f"{self.module} listens", say=self.tail)
 
     def wait_ready(self, timeout_s: float = 15) -> str:
         """Its address, once ``/healthz`` says 200."""
-        address = self.address()
+        address = self.address(max(15, timeout_s))
 
         def ready() -> bool:
             self._must_live()
@@ -94,6 +94,10 @@ class Process:
         if self._popen.poll() is not None:
             code = self._popen.returncode
             raise AssertionError(f"{self.module} ended with {code}:\n{self.tail()}")
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
         self._popen.send_signal(number)

@@ -99,7 +99,11 @@ def _openai(body: bytes) -> str:
     done = [frame for frame in frames if frame == b"[DONE]"]
     errors = [frame for frame in frames if "error" in _json(frame)]
     if len(done) + len(errors) != 1 or frames[-1] not in (*done, *errors):
-        raise Fault(f"{len(done)} [DONE] and {len(errors)} errors in {len(frames)} chunks")
+        last = frames[-1][-200:] if frames else b""
+        raise Fault(
+            f"{len(done)} [DONE] and {len(errors)} errors in {len(frames)} chunks, "
+            f"the last {last!r}"
+        )
     if done:
         return "ok"
     error = _json(errors[0])

@@ -27,7 +27,7 @@ def test_the_example_is_a_valid_cluster(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(EXAMPLE)
     plan = load(file)
-    assert [process.name for process in plan.processes] == ["controller", "fast", "hf-1"]
+    assert [process.name for process in plan.processes] == ["controller", "ui", "fast", "hf-1"]
 
 
 def test_a_worker_becomes_a_command() -> None:
@@ -142,8 +142,22 @@ def test_a_model_is_found_beside_the_file_in_the_checkout_or_on_the_hub(tmp_path
             locate(missing)
 
 
-def test_the_demo_is_one_worker_of_each_kind() -> None:
+def test_a_page_is_started_only_where_the_file_asks_for_one() -> None:
+    assert plan_of("workers: [{kind: echo}]").page is None
+    page = plan_of("ui: {port: auto, args: [--title, Ours]}\nworkers: [{kind: echo}]").page
+    assert page is not None
+    argv = page.argv(7861, "http://127.0.0.1:21001")
+    assert argv[:2] == ["-m", "ui"]
+    assert argv[argv.index("--controller-address") + 1] == "http://127.0.0.1:21001"
+    assert argv[-2:] == ["--title", "Ours"]
+    assert "ui.prot is not a known key; did you mean port?" in complaint(
+        "ui: {prot: 1}\nworkers: []"
+    )
+
+
+def test_the_demo_is_a_page_and_one_worker_of_each_kind() -> None:
     plan = demo(gpu=False)
+    assert plan.page is not None
     assert [worker.kind for worker in plan.workers] == ["sglang", "hf"]
     assert {worker.role for worker in plan.workers} == {Role.WORKER}
     sglang, hf = demo(gpu=True).workers
