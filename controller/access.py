@@ -67,6 +67,6 @@ def guarded(
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # OpenAI's clients send a dozen of their own
-        expose_headers=["X-Request-Id", "X-Tandem-Worker", "Retry-After"],
+        expose_headers=["X-Request-Id", "X-Tandem-Worker", "X-Tandem-Kind", "Retry-After"],
         max_age=600,
     )

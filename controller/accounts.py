@@ -21,6 +21,7 @@ from transport.tracing import Attributes, Headers, Trace, Tracer
 log = logging.getLogger(__name__)
 
 WORKER_HEADER = b"x-tandem-worker"
+KIND_HEADER = b"x-tandem-kind"
 """Of an answer: the worker that gave its first token; several choices may name several."""
 
 _ENDED_REMEDY = "Ask while it waits or runs; the log has a line of each that has ended."
@@ -149,7 +150,12 @@ class Accounts:
         account.ttft_s = attempt.first_at - account.begun_at
         figures.ttft_s.observe(account.ttft_s)
         if attempt.replica is not None:
-            account.asker.reply.append((WORKER_HEADER, _printable(attempt.replica.worker_id)))
+            account.asker.reply.extend(
+                [
+                    (WORKER_HEADER, _printable(attempt.replica.worker_id)),
+                    (KIND_HEADER, _printable(attempt.replica.status.kind)),
+                ]
+            )
         return figures
 
     def retried(self) -> None:
@@ -217,9 +223,9 @@ class Accounts:
             _tell(account, account.trace, now, self._metrics.label(account.request.model))
 
 
-def _printable(worker_id: str) -> bytes:
-    """Fit for a header, whatever a worker calls itself."""
-    return "".join(c if c.isascii() and c.isprintable() else "?" for c in worker_id).encode()
+def _printable(text: str) -> bytes:
+    """Fit for a header, whatever a worker says of itself."""
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text).encode()
 
 
 def _error_code(account: Account) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from typing import Any, Literal
 from urllib.parse import quote
@@ -120,7 +120,8 @@ class Controller:
         await self._call("POST", f"/workers/{quote(worker_id, safe='')}/{command}")
 
     async def samples(self) -> dict[str, float]:
-        """The controller's metrics over all models, and the buckets of the time to first token.
+        """The controller's metrics, each summed over its labels but the outcome of a request and
+        the bucket of a time to first token.
 
         Raises:
             ControllerAway: it does not answer.
@@ -132,16 +133,20 @@ class Controller:
         found: dict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(response.text if response.is_success else ""):
             for sample in family.samples:
-                if sample.name == "tandem_time_to_first_token_seconds_bucket":
-                    found[f"ttft<={sample.labels['le']}"] += sample.value
-                elif sample.name == "tandem_requests_total":
-                    found[f"outcome={sample.labels['outcome']}"] += sample.value
-                elif sample.name.startswith("tandem_") and sample.name.endswith("_total"):
-                    found[sample.name] += sample.value
-        return dict(found)
+                name = sample.name
+                if name == "tandem_time_to_first_token_seconds_bucket":
+                    name = f"ttft<={sample.labels['le']}"
+                elif name == "tandem_requests_total":
+                    name = f"outcome={sample.labels['outcome']}"
+                found[name] += sample.value  # of all models together
+        return found
 
-    async def generate(self, fields: dict[str, Any]) -> AsyncGenerator[Event]:
+    async def generate(
+        self, fields: dict[str, Any], on_worker: Callable[[str, str], None] | None = None
+    ) -> AsyncGenerator[Event]:
         """The events of one answer; closing the iterator cancels it, end to end.
+
+        ``on_worker`` is told the id and the kind of the worker before the first event.
 
         Raises:
             TandemError: a refusal, before the first event.
@@ -162,6 +167,9 @@ class Controller:
                 )
                 if not response.is_success:
                     raise _refusal(response.status_code, await response.aread())
+                worker_id = response.headers.get("x-tandem-worker")
+                if worker_id and on_worker is not None:
+                    on_worker(worker_id, response.headers.get("x-tandem-kind", ""))
                 async for data in response.aiter_raw():
                     for event in decoder.feed(data):
                         ended = not isinstance(event, Delta)

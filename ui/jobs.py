@@ -30,7 +30,6 @@ RATE_S = 0.05
 """Tokens that came within less say nothing of a rate: they may have waited together."""
 
 ASK_S = 0.5
-LATE_S = 0.3
 SAVE_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -136,8 +135,6 @@ class Job:
             self._fail(Failure(code="page_failed", message="The page itself made a mistake."))
         finally:
             self._ended_at = self._clock()
-            if self.started and answer.worker_id is None:
-                await asyncio.wait([asking], timeout=LATE_S)  # asked before the end
             asking.cancel()
             saving.cancel()
             await asyncio.gather(asking, saving, return_exceptions=True)
@@ -147,7 +144,7 @@ class Job:
             self.wake()
 
     async def _receive(self) -> None:
-        async with aclosing(self._controller.generate(self._fields)) as events:
+        async with aclosing(self._controller.generate(self._fields, self._placed)) as events:
             async for event in events:
                 if isinstance(event, Delta):
                     if self._first_at is None:
@@ -168,6 +165,9 @@ class Job:
                     assert isinstance(event, Failed)
                     self._fail(Failure.of(event.error()))
 
+    def _placed(self, worker_id: str, kind: str) -> None:
+        self.answer.worker_id, self.answer.kind = worker_id, kind
+
     def _fail(self, failure: Failure) -> None:
         self.answer.status = "failed"
         self.answer.failure = failure
@@ -186,9 +186,8 @@ class Job:
         )
 
     async def _ask_where(self) -> None:
-        """Until the first token ask for the place in the queue, then once for the worker."""
+        """Until the first token, ask for the place in the queue."""
         for pause_s in chain((0.03, 0.1, 0.25), repeat(ASK_S)):
-            started = self.started
             try:
                 state = await self._controller.request(self.answer.request_id)
             except (TandemError, ControllerAway):
@@ -198,11 +197,10 @@ class Job:
                 self.answer.worker_id = state.worker_id or self.answer.worker_id
                 self.answer.kind = state.kind or self.answer.kind
                 self._changed.set()
-            if started:
-                return
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):
                     await self._first.wait()
+                    return
 
     async def _save_often(self) -> None:
         """What there is survives this process."""

@@ -68,6 +68,7 @@ async def test_an_answer_names_its_worker(cluster: Cluster) -> None:
             assert response.status_code == 200
             named = response.headers.get_list("x-tandem-worker")
             assert set(named) == {"one??X-Evil: ?"}
+            assert set(response.headers.get_list("x-tandem-kind")) == {"echo"}
             assert "x-evil" not in response.headers
     refused = await client.post(PATH, json=asked | {"model": "x"})
     assert "x-tandem-worker" not in refused.headers
