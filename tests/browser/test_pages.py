@@ -42,6 +42,7 @@ def test_two_targets_answer_and_are_voted_on(open_page: Open, tmp_path: Path) ->
     path = tmp_path / "star.png"
     picture("star", "yellow").save(path)
     page = open_page("/compare")
+    expect(page.get_by_test_id("health")).to_contain_text("2 workers ready")
     expect(chosen(page, "A")).to_have_value(re.compile("pocket-llava"))
     attach(page, path)
     send(page, "What is this?")
@@ -60,6 +61,7 @@ def test_two_targets_answer_and_are_voted_on(open_page: Open, tmp_path: Path) ->
 
 def test_blind_hides_the_names_until_the_vote(open_page: Open) -> None:
     page = open_page("/compare")
+    expect(page.get_by_test_id("health")).to_contain_text("2 workers ready")
     expect(chosen(page, "B")).to_have_value(re.compile("pocket-llava"))
     page.get_by_role("checkbox", name="Blind").check()
     send(page, "Count from 1 to 20.")
