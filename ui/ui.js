@@ -136,7 +136,7 @@
       else remember('tandem-side', body().toggle('side-hidden') ? 'hidden' : 'shown');
       return;
     }
-    if (!at('details.menu')) document.querySelectorAll('details.menu[open]').forEach(menu => { menu.open = false; });
+    if (!at('details.menu') || at('details.menu a')) document.querySelectorAll('details.menu[open]').forEach(menu => { menu.open = false; });
     if (phone() && !at('#side')) body().remove('side-shown');
     if (phone() && !at('#settings') && !at('[role=listbox]')) body().remove('set-shown');
     if (phone() && at('#new-chat')) body().remove('side-shown');

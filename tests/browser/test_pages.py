@@ -27,6 +27,7 @@ from tests.browser.conftest import (
 )
 from tests.pictures import picture
 from tests.processes import ROOT, workers_of
+from tests.streams import user
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + 60)
 
@@ -76,6 +77,11 @@ def test_the_cluster_is_seen_and_a_worker_drained_and_resumed(
     open_page: Open, cluster: Cluster
 ) -> None:
     page = open_page("/cluster")
+    asked = {"model": "pocket-llava", "messages": user("What is Tandem for?")}
+    httpx.post(f"{cluster.controller}/worker_generate_stream", json=asked, timeout=30)
+    first_token = page.locator(".kpi", has_text="First token")
+    expect(first_token).to_contain_text(re.compile(r"\d\.\d\d"))
+    expect(page.locator(".kpi", has_text="Cache hits")).to_contain_text(re.compile(r"\d+%"))
     row = page.get_by_test_id("worker-hf-1")
     expect(row).to_contain_text("Ready")
     expect(page.locator(".ch svg")).to_have_count(3)

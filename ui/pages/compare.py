@@ -35,6 +35,7 @@ class Page:
     def __init__(self) -> None:
         self.duel: Duel | None = None
         self.seen: object = None
+        self.proposed: tuple[str | None, str | None] = (None, None)
 
     def __deepcopy__(self, memo: object) -> Page:
         return Page()
@@ -188,15 +189,20 @@ class ComparePage:
             return {self.nav: gr.skip()}
         page.seen = seen
         values = [value for _, value in choices]
-        first = a or (values[0] if values else None)
-        others = [v for v in values if first is None or kind_of(v) != kind_of(first)]
-        second = b or next(iter([*others, *values[1:], first]))
+        chosen = (a, b)
+        if chosen in ((None, None), page.proposed) and page.duel is None:
+            # Nobody has chosen yet: two kinds are what people want to compare.
+            first = values[0] if values else None
+            others = [value for value in values[1:] if kind_of(value) != kind_of(values[0])]
+            chosen = (first, next(iter([*others, *values[1:], first])))
+            page.proposed = chosen
         updates: Updates = {self.nav: seen[2], self.banner: alert}
-        for dropdown, value in zip(self.targets, (first, second), strict=True):
+        for dropdown, value, before in zip(self.targets, chosen, (a, b), strict=True):
             labels = list(choices)
             if value is not None and value not in values:
                 labels.append((f"{label(json.loads(value))} (not served now)", value))
-            updates[dropdown] = gr.Dropdown(choices=labels, value=value)
+            changed = {} if value == before else {"value": value}
+            updates[dropdown] = gr.Dropdown(choices=labels, **changed)
         if page.duel is None:
             updates[self.body] = duel.empty(bool(values))
         return updates
