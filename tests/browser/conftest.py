@@ -22,6 +22,7 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 from tests.processes import ROOT, Process, running, until, wait_workers
 
 START_TIMEOUT_S = 240
+HERE = Path(__file__).parent
 PICTURES = ROOT / "run" / "browser"
 MODEL = ROOT / "models" / "pocket-llava"
 ADAPTERS = ROOT / "models" / "adapters"
@@ -99,6 +100,13 @@ class Cluster:
             yield
         finally:
             self.workers[kind].signal(signal.SIGCONT)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These come last: Playwright keeps an event loop running in this thread until the session
+    ends, and no async test can run beside it."""
+    items.sort(key=lambda item: item.path.parent == HERE)
 
 
 @pytest.fixture(scope="package")
