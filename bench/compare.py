@@ -39,12 +39,12 @@ class Plan:
     """
 
     workloads: tuple[str, ...] = ("vqa", "chat", "random")
-    levels: tuple[int, ...] = (1, 4, 16)
+    levels: tuple[int, ...] = (1, 4, 12)
     rates: tuple[float, ...] | None = None
     rounds: int = 3
     requests: int = 8
     waves: int = 2
-    open_s: float = 2.5
+    open_s: float = 2.0
     questions: int = parity.QUESTIONS
     max_new_tokens: int | None = None
     seed: int = 0
