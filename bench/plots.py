@@ -95,7 +95,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 
 def overview(found: Found) -> Figure | None:
     """Requests a second of every workload at its most users, and how many times the first's."""
-    groups = _at_most_users(found)
+    groups = at_most_users(found)
     if not groups:
         return None
     names = _names(found)
@@ -197,11 +197,26 @@ def open_latency(found: Found) -> Figure | None:
 
 
 def timelines(found: Found) -> Figure | None:
-    """Each request of a run as a line: dotted until its first token, solid while it streams."""
-    groups = _at_most_users(found)
+    """Each request with the most users as a line: thin until its first token, thick as it streams.
+
+    Of the first workload.
+    """
+    groups = at_most_users(found)
     if not groups:
         return None
     (workload, level), cells = next(iter(groups.items()))
+    return _timelines(found, f"{workload}, {load_words('closed', level)}", cells)
+
+
+def trace(found: Found) -> Figure | None:
+    """Each request of a replayed trace as a line: thin until its first token, then thick."""
+    by_target = _by_workload(found, "trace").get("trace")
+    if by_target is None:
+        return None
+    return _timelines(found, "trace", {name: cells[0] for name, cells in by_target.items()})
+
+
+def _timelines(found: Found, words: str, cells: Mapping[str, Found]) -> Figure:
     figure = _figure(9.6, 1.1 + 2.1 * len(cells))
     rows: Any = figure.subplots(len(cells), 1, sharex=True, squeeze=False)[:, 0]
     end_s = 0.0
@@ -221,8 +236,8 @@ def timelines(found: Found) -> Figure | None:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     rows[-1].set_xlabel(
-        f"seconds; {workload}, {load_words('closed', level)}: thin line: waits for its first token "
-        f"(tick), thick: streams, {TIMES}: no answer"
+        f"seconds; {words}: thin line: waits for its first token (tick), thick: streams, "
+        f"{TIMES}: no answer"
     )
     rows[-1].set_xlim(0, end_s * 1.02)
     return figure
@@ -230,7 +245,7 @@ def timelines(found: Found) -> Figure | None:
 
 def processes(found: Found) -> Figure | None:
     """Processor time a token and memory, by process."""
-    groups = _at_most_users(found)
+    groups = at_most_users(found)
     if not groups:
         return None
     (workload, level), cells = next(iter(groups.items()))
@@ -320,6 +335,7 @@ DRAWN: Mapping[str, Mapping[str, Callable[[Found], Figure | None]]] = {
         "latency": latency,
         "open": open_latency,
         "timelines": timelines,
+        "trace": trace,
         "processes": processes,
     },
     "overhead": {"overhead": overhead},
@@ -365,7 +381,7 @@ def _by_workload(found: Found, mode: str) -> dict[str, dict[str, list[Found]]]:
     return dict(sorted(groups.items(), key=lambda group: order.index(group[0])))
 
 
-def _at_most_users(found: Found) -> dict[tuple[str, float], dict[str, Found]]:
+def at_most_users(found: Found) -> dict[tuple[str, float], dict[str, Found]]:
     """Of each workload the cells of the closed loop with the most users, by target."""
     groups = {}
     for workload, by_target in _by_workload(found, "closed").items():

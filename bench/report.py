@@ -12,6 +12,7 @@ from bench import plots, tables
 from bench.figures import median_of
 from bench.results import rounded
 from bench.tables import (
+    LOOPS,
     TIMES,
     counts,
     load_words,
@@ -33,6 +34,7 @@ _CAPTIONS = {
     "Left of the knee the wait stays flat; right of it the queue grows. Under the grey line, "
     "requests came too late to be good.",
     "timelines": "Every request of the last round from top to bottom as it was sent.",
+    "trace": "Every request of the trace from top to bottom, when the trace says it comes.",
     "processes": "What each process behind a target used; the controller's share is its own.",
 }
 
@@ -58,7 +60,7 @@ def page(found: Found) -> str:
         "<h2>Is the answer the same?</h2>",
         _truth(found),
         "<h2>How much, and how fast?</h2>",
-        *(_figure(drawn, name) for name in ("throughput", "latency", "open", "timelines")),
+        *(_figure(drawn, name) for name in ("throughput", "latency", "open", "timelines", "trace")),
         "<h2>What does it use?</h2>",
         _figure(drawn, "processes"),
         "<h2>All figures</h2>",
@@ -93,7 +95,7 @@ def _head(found: Found) -> str:
 def _headline(found: Found) -> str:
     """The largest ratios in words."""
     cards = []
-    for (workload, level), cells in plots._at_most_users(found).items():
+    for (workload, level), cells in plots.at_most_users(found).items():
         for name, cell in cells.items():
             ratio = ratio_of(found, cell, "requests_per_s")
             if ratio:
@@ -167,7 +169,8 @@ def _cells(found: Found) -> Iterable[str]:
         told = f": {what['what']}; can be reused: {what['shares']}" if what else ""
         rows = [_row(found, cell) for cell in cells]
         table = _table(_COLUMNS, rows, escape_heads=False)
-        yield f'<h3>{_safe(workload)}, {mode} loop</h3><p class="what">{_safe(told[2:])}</p>{table}'
+        head = f"<h3>{_safe(workload)}, {LOOPS[mode]}</h3>"
+        yield f'{head}<p class="what">{_safe(told[2:])}</p>{table}'
 
 
 def _row(found: Found, cell: Found) -> Sequence[str]:

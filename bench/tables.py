@@ -13,6 +13,7 @@ from bench.figures import median_of
 Found = Mapping[str, Any]
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+LOOPS = {"closed": "closed loop", "open": "open loop", "trace": "replayed"}
 LATE_S = 0.025
 """A generator that sends later than this is worth a warning."""
 
@@ -90,7 +91,7 @@ _COLUMNS = (
 
 def _cell_table(found: Found, workload: str, mode: str, cells: list[Found]) -> Table:
     rounds = max(len(cell["rounds"]) for cell in cells)
-    title = f"{workload}, {mode} loop: median (least-most) of {rounds} rounds"
+    title = f"{workload}, {LOOPS[mode]}: median (least-most) of {rounds} rounds"
     drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     drawn.add_column("users" if mode == "closed" else "offered/s", justify="right", no_wrap=True)
     drawn.add_column("target", no_wrap=True)

@@ -47,7 +47,10 @@ def main() -> None:
 
 
 def wire(
-    settings: ControllerSettings, controller_id: str, tracer: tracing.Tracer | None = None
+    settings: ControllerSettings,
+    controller_id: str,
+    intake: Intake,
+    tracer: tracing.Tracer | None = None,
 ) -> tuple[Controller, HttpPool]:
     """Make the parts and join them; needs a running event loop."""
     epoch = time.time_ns()
@@ -86,7 +89,7 @@ def wire(
     accounts = Accounts(metrics, time.monotonic, tracer)
     serving = Serving(
         max_body_bytes=settings.max_body_bytes,
-        intake=Intake(settings.max_images, settings.max_tokens, settings.aliases),
+        intake=intake,
         fetcher=ImageFetcher(
             settings.image_url_host,
             max_bytes=settings.max_image_bytes,
@@ -117,7 +120,8 @@ def _log_event(event: MembershipEvent) -> None:
 
 async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     """Serve until a signal, then finish what runs; returns the exit code."""
-    ring = await access.prepare(settings)
+    intake = Intake(settings.max_images, settings.max_tokens, settings.aliases)
+    ring = await access.prepare(settings, intake.resolve)
     sock = process.bind(settings.host, settings.port)
     scheme = "http" if settings.tls is None else "https"
     address = settings.own_address or process.address_of(sock, scheme=scheme)
@@ -125,7 +129,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     tracer = await tracing.connect(
         settings.otlp_endpoint, service="tandem-controller", instance=controller_id
     )
-    controller, pool = wire(settings, controller_id, tracer)
+    controller, pool = wire(settings, controller_id, intake, tracer)
     app = access.guarded(create_app(controller), settings, ring, controller.serving.accounts)
     server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()

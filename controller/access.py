@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -13,15 +14,16 @@ from controller import keys
 from controller.accounts import Accounts
 from controller.callers import KeyRing
 from controller.gate import Gate
-from controller.intake import Intake
 from controller.settings import ControllerSettings
 from transport.process import usage_error
 
 log = logging.getLogger(__name__)
 
 
-async def prepare(settings: ControllerSettings) -> KeyRing | None:
+async def prepare(settings: ControllerSettings, resolve: Callable[[str], str]) -> KeyRing | None:
     """The holders of keys, ``None`` where clients need none.
+
+    ``resolve`` tells the model that a name stands for: keys may name aliases.
 
     Key or certificate files that cannot be used end the process with a sentence and exit code 2.
     """
@@ -35,12 +37,11 @@ async def prepare(settings: ControllerSettings) -> KeyRing | None:
         if not settings.local:
             log.warning("clients need no key; --api-key-file asks them for one")
         return None
-    intake = Intake(settings.max_images, settings.max_tokens, settings.aliases)
     try:
         file = await asyncio.to_thread(keys.load, path)
     except keys.KeyFileError as exc:
         usage_error(f"--api-key-file: {exc}")
-    ring = KeyRing(file, time.monotonic, intake.resolve)
+    ring = KeyRing(file, time.monotonic, resolve)
     if (complaint := await asyncio.to_thread(keys.exposed, path)) is not None:
         log.warning("%s", complaint)
     if not len(ring):

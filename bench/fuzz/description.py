@@ -16,7 +16,7 @@ from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 
 from bench.fuzz import pictures
-from bench.fuzz.findings import Findings, bar
+from bench.fuzz.findings import Findings, bar, until_stopped
 from bench.fuzz.verdict import STREAMED, Fault, outcome
 from bench.processes import Harness, Running
 from bench.results import Keep, record
@@ -239,14 +239,12 @@ def run(harness: Harness, keep: Keep, *, kind: str, cases: int, seed: int) -> No
         wait_ready(controller.address, 1)
         status = worker.status()
         one = _Run(controller, worker, status.model_names[0], status.worker_id)
-        interrupted = False
-        begun_s = time.monotonic()
-        try:
+
+        def work() -> None:
             one.other_methods()
             one.go(cases, seed)
-        except KeyboardInterrupt:
-            interrupted = True
-        wall_s = time.monotonic() - begun_s
+
+        took = until_stopped(work)
         ended = one.at_the_end()
     findings = one.findings
     findings.show(harness.console, f"{findings.cases} requests from /openapi.json, {kind}")
@@ -254,16 +252,12 @@ def run(harness: Harness, keep: Keep, *, kind: str, cases: int, seed: int) -> No
         harness.console.print(f"not made: {label}: {why}", style="yellow", markup=False)
     figures = {
         "worker": kind,
-        "cases": findings.cases,
         "seed": seed,
-        "wall_s": wall_s,
-        "interrupted": interrupted,
-        "outcomes": {route: dict(counts) for route, counts in findings.outcomes.items()},
+        **took,
         "not_made": one.left_out,
         **ended,
-        "faults": findings.faults,
-        "findings": findings.kept,
+        **findings.as_json(),
     }
     keep(record("fuzz_openapi", status, figures))
-    if interrupted:
+    if took["interrupted"]:
         raise KeyboardInterrupt

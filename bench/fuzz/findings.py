@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ class Findings:
         if sum(found.items() <= kept.items() for kept in self.kept) < _KEPT:
             self.kept.append(found | {"case": case[:300], "reproduce": reproduce})
 
+    def as_json(self) -> dict[str, Any]:
+        """For the line of results."""
+        return {
+            "cases": self.cases,
+            "outcomes": {route: dict(counts) for route, counts in self.outcomes.items()},
+            "faults": self.faults,
+            "findings": self.kept,
+        }
+
     def saved(self, body: bytes) -> Path:
         """A file that outlives this run, with the body of a request."""
         if self._folder is None:
@@ -71,6 +81,17 @@ class Findings:
             console.print(
                 f"  {found['case']}\n  {found['reproduce']}", markup=False, soft_wrap=True
             )
+
+
+def until_stopped(work: Callable[[], None]) -> dict[str, Any]:
+    """How long ``work`` took, and whether Ctrl-C ended it."""
+    interrupted = False
+    begun_s = time.monotonic()
+    try:
+        work()
+    except KeyboardInterrupt:
+        interrupted = True
+    return {"wall_s": time.monotonic() - begun_s, "interrupted": interrupted}
 
 
 def bar() -> Progress:

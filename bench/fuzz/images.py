@@ -15,7 +15,7 @@ import httpx
 import psutil
 
 from bench.fuzz import pictures
-from bench.fuzz.findings import Findings, bar
+from bench.fuzz.findings import Findings, bar, until_stopped
 from bench.fuzz.verdict import BROKEN, Fault, outcome
 from bench.processes import Harness, Running
 from bench.results import Keep, record
@@ -200,13 +200,7 @@ def run(
         wait_ready(controller.address, 1)
         status = worker.status()
         one = _Run(controller, worker, seed=seed, model=status.model_names[0])
-        interrupted = False
-        begun_s = time.monotonic()
-        try:
-            asyncio.run(one.go(cases, concurrency))
-        except KeyboardInterrupt:
-            interrupted = True
-        wall_s = time.monotonic() - begun_s
+        took = until_stopped(lambda: asyncio.run(one.go(cases, concurrency)))
         ended = one.at_the_end(memory_mb)
     findings = one.findings
     findings.show(harness.console, f"{findings.cases} requests with pictures to {kind}")
@@ -215,16 +209,12 @@ def run(
         harness.console.print(f"{name}, MB: {said}")
     figures = {
         "worker": kind,
-        "cases": findings.cases,
         "seed": seed,
         "concurrency": concurrency,
-        "wall_s": wall_s,
-        "interrupted": interrupted,
-        "outcomes": {route: dict(counts) for route, counts in findings.outcomes.items()},
+        **took,
         **ended,
-        "faults": findings.faults,
-        "findings": findings.kept,
+        **findings.as_json(),
     }
     keep(record("fuzz_images", status, figures))
-    if interrupted:
+    if took["interrupted"]:
         raise KeyboardInterrupt

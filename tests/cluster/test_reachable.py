@@ -17,6 +17,7 @@ from controller import keys
 from controller.__main__ import wire
 from controller.app import create_app
 from controller.gate import classify
+from controller.intake import Intake
 from controller.keys import KeyFile
 from controller.settings import ControllerSettings
 from tests.cluster.conftest import Cluster, Running
@@ -74,7 +75,8 @@ def routes(app: Beside) -> set[str]:
 
 
 async def controller_app(settings: ControllerSettings) -> Beside:
-    controller, pool = wire(settings, "controller")
+    intake = Intake(settings.max_images, settings.max_tokens, settings.aliases)
+    controller, pool = wire(settings, "controller", intake)
     try:
         return create_app(controller)
     finally:

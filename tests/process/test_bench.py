@@ -67,16 +67,21 @@ def test_compare_of_a_controller_and_a_worker(tmp_path: Path) -> None:
             f"two={controller}?api=openai#two",
             f"direct={workers[0]}",
         )
-        out = tmp_path / "found"
+        out, trace = tmp_path / "found", tmp_path / "trace.jsonl"
+        lines = [
+            {"at_s": 0.1 * at, "prompt": f"Say {at}.", "images": ["draw:1"]} for at in range(5)
+        ]
+        trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
         done = bench(
             *("compare", "--targets", *targets, "--workloads", "vqa", "random", "--levels", 1, 3),
-            *(*SMALL, "--rates", 20, "--out", out),
+            *(*SMALL, "--rates", 20, "--trace", trace, "--out", out),
         )
     assert done.returncode == 0, done.stderr
     # The truth comes first; then every workload has its table.
     assert 0 <= done.stdout.index("questions") < done.stdout.index("vqa, closed loop")
     assert "random, closed loop" in done.stdout
     assert "vqa, open loop" in done.stdout
+    assert "trace, replayed" in done.stdout
     found = results(out)
     assert {name: told["equal"] for name, told in found["parity"]["targets"].items()} == {
         "one": 1.0,
@@ -84,11 +89,12 @@ def test_compare_of_a_controller_and_a_worker(tmp_path: Path) -> None:
         "direct": 1.0,
     }
     keys = {(c["workload"], c["mode"], c["level"], c["target"]) for c in found["cells"]}
-    assert len(keys) == len(found["cells"]) == (2 * 2 + 1) * 3
+    assert len(keys) == len(found["cells"]) == (2 * 2 + 1 + 1) * 3
     for cell in found["cells"]:
         assert sorted(cell["rounds"]) == ["0", "1"]
         assert cell["summary"]["refused"] == cell["summary"]["failed"] == {}
-        assert cell["summary"]["answered"] == cell["summary"]["requests"] >= 8
+        least = 2 * 5 if cell["mode"] == "trace" else 8
+        assert cell["summary"]["answered"] == cell["summary"]["requests"] >= least
         assert cell["summary"]["ttft_s"]["p95"]["median"] > 0
         assert cell["summary"]["rss_bytes"]["worker"]["median"] > 1e6
         assert ("controller" in cell["summary"]["cpu_s"]) == (cell["target"] != "direct")
@@ -104,7 +110,7 @@ def test_compare_of_a_controller_and_a_worker(tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert {"found-overview.svg", "found-throughput.svg", "found-open.svg"} <= names
-    assert {"found-latency.svg", "found-timelines.svg", "found.html"} <= names
+    assert {"found-latency.svg", "found-timelines.svg", "found-trace.svg", "found.html"} <= names
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_several_origins() -> None:
 
 def prepared(capsys: pytest.CaptureFixture[str], **settings: Any) -> str:
     with pytest.raises(SystemExit) as caught:
-        asyncio.run(access.prepare(ControllerSettings(**settings)))
+        asyncio.run(access.prepare(ControllerSettings(**settings), str))
     assert caught.value.code == 2
     return capsys.readouterr().err
 
@@ -175,7 +175,7 @@ def test_certificates_that_cannot_be_used(
     ):
         assert words in prepared(capsys, ssl_certfile=cert, ssl_keyfile=key)
     good = ControllerSettings(ssl_certfile=one.certificate, ssl_keyfile=one.key)
-    assert asyncio.run(access.prepare(good)) is None
+    assert asyncio.run(access.prepare(good, str)) is None
 
 
 def test_key_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,5 +190,5 @@ def test_key_files_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFix
 def test_clients_without_keys_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     settings = ControllerSettings(host="0.0.0.0", cluster_token=TOKEN)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
-        asyncio.run(access.prepare(settings))
+        asyncio.run(access.prepare(settings, str))
     assert "clients need no key" in caplog.text
