@@ -7,7 +7,8 @@ again, under the name ``__mp_main__``; what must happen first in each of them ha
 
 * the process asks to die with its parent, so that no ``kill -9`` leaves one behind;
 * on a CPU (``SGLANG_USE_CPU_ENGINE=1``) ``sgl_kernel`` gets a stand-in if it cannot be loaded,
-  flashinfer, which is for GPUs, is not imported, and adapters are computed without pinned memory;
+  flashinfer, which is for GPUs, is not imported, adapters are computed without pinned memory, and
+  attention for whole batches;
 * what SGLang does otherwise than the protocol says is changed (``hooks``).
 """
 
@@ -86,10 +87,11 @@ if __name__ in ("__main__", "__mp_main__"):
         if parent is not None and parent.pid is not None:
             die_with_parent(parent.pid)
     if os.environ.get(CPU_ENGINE) == "1":
-        from workers.sglang.server.cpu import finder, lora
+        from workers.sglang.server.cpu import attention, finder, lora
 
         finder.install()
         lora.install()
+        attention.install()
     from workers.sglang.server import hooks
 
     hooks.install()
