@@ -31,8 +31,9 @@ _CAPTIONS = {
     "only wait longer. Whiskers: least and most of the rounds.",
     "latency": "How long a user waits for the first token.",
     "open": "Requests that come at their own pace (Poisson), whatever has become of those before. "
-    "Left of the knee the wait stays flat; right of it the queue grows. Under the grey line, "
-    "requests came too late to be good.",
+    "Left of the knee the wait stays flat; right of it the queue grows. The "
+    "grey line is what was offered: a target that keeps up lies just under it, as the wait for the "
+    "last answer counts, too.",
     "timelines": "Every request of the last round from top to bottom as it was sent.",
     "trace": "Every request of the trace from top to bottom, when the trace says it comes.",
     "processes": "What each process behind a target used; the controller's share is its own.",
@@ -168,7 +169,7 @@ def _cells(found: Found) -> Iterable[str]:
         what = found["workloads"].get(workload, {})
         told = f": {what['what']}; can be reused: {what['shares']}" if what else ""
         rows = [_row(found, cell) for cell in cells]
-        table = _table(_COLUMNS, rows, escape_heads=False)
+        table = _table(_COLUMNS, rows, escape_heads=False, kind="wide cells")
         head = f"<h3>{_safe(workload)}, {LOOPS[mode]}</h3>"
         yield f'{head}<p class="what">{_safe(told[2:])}</p>{table}'
 
@@ -219,14 +220,18 @@ def _how(found: Found) -> str:
 
 
 def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[str]], *, escape_heads: bool = True
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    escape_heads: bool = True,
+    kind: str = "wide",
 ) -> str:
     head = "".join(f"<th>{_safe(text) if escape_heads else text}</th>" for text in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{_safe(text)}</td>" for text in row) + "</tr>" for row in rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+    return f'<div class="{kind}">{table}</div>'
 
 
 _STYLE = """
@@ -264,7 +269,7 @@ table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabu
 th { text-align: right; font-weight: 600; vertical-align: bottom; white-space: nowrap; }
 td { text-align: right; white-space: nowrap; }
 th, td { padding: .28rem .7rem .28rem 0; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child, th:nth-child(2):not(:last-child) { text-align: left; }
+th:first-child, td:first-child, .cells th:nth-child(2), .cells td:nth-child(2) { text-align: left; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem;
   overflow-x: auto; font-size: .78rem; }
 """
