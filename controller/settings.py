@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import ProcessSettings, check_address
+from transport.process import ProcessSettings, Several, check_address
 from transport.tls import Tls
 
 
@@ -43,7 +43,7 @@ class ControllerSettings(ProcessSettings):
         ge=1,
         description="longest answer in tokens; also the limit of who names none on OpenAI's routes",
     )
-    image_url_host: tuple[str, ...] = Field(
+    image_url_host: Several[str] = Field(
         default=(),
         description="host whose images OpenAI's clients may name by address (*.example.org: any "
         "below it, *: any public one); may repeat; none are fetched when not given",
@@ -51,7 +51,7 @@ class ControllerSettings(ProcessSettings):
     max_image_bytes: int = Field(
         default=10 << 20, ge=1, description="largest image that is fetched from an address"
     )
-    alias: tuple[str, ...] = Field(
+    alias: Several[str] = Field(
         default=(), description="name=model, a further name of a model; may repeat"
     )
     connect_timeout_s: float = Field(default=2.0, gt=0, description="limit to reach a worker")
@@ -64,7 +64,7 @@ class ControllerSettings(ProcessSettings):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="time running requests get to finish on SIGTERM"
     )
-    register_at: tuple[str, ...] = Field(
+    register_at: Several[str] = Field(
         default=(), description="controller to register at, as if this one were a worker"
     )
     own_address: str | None = Field(
@@ -74,7 +74,7 @@ class ControllerSettings(ProcessSettings):
     api_key_file: Path | None = Field(
         default=None, description="file of the API keys that clients need; none: they need no key"
     )
-    cors_origins: tuple[str, ...] = Field(
+    cors_origins: Several[str] = Field(
         default=(), description="origin of web pages that may ask, or *; may repeat"
     )
     ssl_certfile: Path | None = Field(
@@ -84,11 +84,6 @@ class ControllerSettings(ProcessSettings):
     ssl_keyfile_password: CliSuppress[SecretStr | None] = Field(
         default=None, description="opens --ssl-keyfile"
     )
-
-    @field_validator("register_at", "cors_origins", "alias", "image_url_host", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("register_at")
     @classmethod

@@ -17,16 +17,31 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, CliApp, CliSuppress, SettingsConfigDict, SettingsError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    CliSuppress,
+    SettingsConfigDict,
+    SettingsError,
+)
 from starlette.types import ASGIApp
 
 from protocol import logs
 from transport.credentials import TOKEN_VARIABLE, is_loopback
+from transport.helptext import HelpFormatter
 from transport.tls import Tls
 
 _ACCEPTS_PER_TURN = 16
@@ -41,6 +56,17 @@ _MAKE_TOKEN = (
 )
 
 log = logging.getLogger("tandem")
+
+
+T = TypeVar("T")
+
+
+def _split(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Several = Annotated[tuple[T, ...], BeforeValidator(_split)]
+"""A flag that may be given several times, or once with commas, as the environment has it."""
 
 
 class ProcessSettings(BaseSettings):
@@ -124,7 +150,8 @@ def parse(cls: type[S], argv: Sequence[str] | None = None, **extra: Any) -> S:
                 f"export TANDEM_{variable} instead."
             )
     try:
-        settings = CliApp.run(cls, cli_args=args, **extra)
+        source: CliSettingsSource[S] = CliSettingsSource(cls, formatter_class=HelpFormatter)
+        settings = CliApp.run(cls, cli_args=args, cli_settings_source=source, **extra)
     except ValidationError as exc:
         for error in exc.errors(include_url=False, include_input=False):
             name = str(error["loc"][0]) if error["loc"] else ""

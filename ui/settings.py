@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import ProcessSettings, check_address
+from transport.process import ProcessSettings, Several, check_address
 
 
 def default_data_dir() -> Path:
@@ -28,10 +28,11 @@ class UiSettings(ProcessSettings):
     )
     data_dir: Path = Field(
         default_factory=default_data_dir,
-        description="folder of the database (conversations, images, votes)",
+        description="folder of the database (conversations, images, votes); when not given "
+        "~/.local/share/tandem/chat",
     )
     title: str = Field(default="Tandem", min_length=1, max_length=40, description="shown on top")
-    auth: tuple[SecretStr, ...] = Field(
+    auth: Several[SecretStr] = Field(
         default=(),
         description="user:password that may come in; may repeat; nobody is asked if none",
     )
@@ -60,11 +61,6 @@ class UiSettings(ProcessSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         return check_address(value)
-
-    @field_validator("auth", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("auth")
     @classmethod

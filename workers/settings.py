@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from protocol.messages import ADAPTER_NAME, BASE
-from transport.process import ProcessSettings, check_address
+from transport.process import ProcessSettings, Several, check_address
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket-llava"
 
@@ -32,7 +32,7 @@ class WorkerSettings(ProcessSettings):
     worker_id: str | None = Field(
         default=None, description="name in tables and logs; kind and port when not given"
     )
-    controller_address: tuple[str, ...] = Field(
+    controller_address: Several[str] = Field(
         default=("http://127.0.0.1:21001",), description="controller to register at; may repeat"
     )
     no_register: bool = Field(default=False, description="serve without registering anywhere")
@@ -53,11 +53,6 @@ class WorkerSettings(ProcessSettings):
     drain_timeout_s: float = Field(
         default=30.0, ge=0, description="time running requests get to finish on SIGTERM"
     )
-
-    @field_validator("controller_address", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("controller_address")
     @classmethod
@@ -86,14 +81,9 @@ class CheckpointSettings(WorkerSettings):
         description="LLaVA's conversation template (vicuna_v1, llava_v1, llava_llama_2, plain, "
         "...) for a checkpoint that brings none",
     )
-    adapter: tuple[str, ...] = Field(
+    adapter: Several[str] = Field(
         default=(), description="name=path of a LoRA adapter requests can choose; may repeat"
     )
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _split_adapters(cls, value: object) -> object:
-        return value.split(",") if isinstance(value, str) else value
 
     @field_validator("adapter")
     @classmethod
