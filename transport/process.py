@@ -34,6 +34,7 @@ from pydantic_settings import (
     CliApp,
     CliSettingsSource,
     CliSuppress,
+    NoDecode,
     SettingsConfigDict,
     SettingsError,
 )
@@ -65,7 +66,7 @@ def _split(value: object) -> object:
     return value.split(",") if isinstance(value, str) else value
 
 
-Several = Annotated[tuple[T, ...], BeforeValidator(_split)]
+Several = Annotated[tuple[T, ...], NoDecode, BeforeValidator(_split)]
 """A flag that may be given several times, or once with commas, as the environment has it."""
 
 

@@ -145,6 +145,15 @@ def test_a_mistake_is_a_sentence(
     assert words in refused(cls, argv, capsys)
 
 
+def test_several_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_CORS_ORIGINS", "https://a.example,http://b.example:8080")
+    monkeypatch.setenv("TANDEM_ALIAS", "a=b")
+    settings = parse(ControllerSettings, [])
+    assert settings.cors_origins == ("https://a.example", "http://b.example:8080")
+    assert settings.alias == ("a=b",)
+    assert parse(ControllerSettings, ["--alias", "c=d,e=f"]).alias == ("c=d", "e=f")
+
+
 def test_several_origins() -> None:
     argv = ["--cors-origins", "https://a.example", "--cors-origins", "http://b.example:8080"]
     assert parse(ControllerSettings, argv).cors_origins == (argv[1], argv[3])
