@@ -27,7 +27,7 @@ from pathlib import Path
 from cluster import commands
 from cluster.config import EXAMPLE, ConfigError
 from cluster.view import make_console
-from transport.process import EXIT_USAGE
+from transport.exits import EXIT_USAGE
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
-from transport.process import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
+from transport.exits import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
 
 FIRST_PAUSE_S = 1.0
 MAX_PAUSE_S = 60.0

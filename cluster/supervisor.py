@@ -23,7 +23,7 @@ from cluster.plan import Plan, Role
 from cluster.policy import EXIT_NOT_LAUNCHED, Exit, GiveUp, History, after_exit, in_words
 from cluster.state import ClusterRecord, RunDir, State
 from cluster.view import View
-from transport.process import EXIT_START_FAILED, EXIT_USAGE
+from transport.exits import EXIT_START_FAILED, EXIT_USAGE
 
 DRAIN_LIMIT_S = 6.0
 ABORT_LIMIT_S = 2.0

@@ -31,8 +31,10 @@ from controller.registry import MembershipEvent, Registry
 from controller.settings import ControllerSettings
 from controller.streams import Serving
 from transport import credentials, process, tracing
+from transport.addresses import address_of, bare
 from transport.client import HttpPool
 from transport.membership import Membership
+from transport.settings import parse
 
 log = logging.getLogger("controller")
 
@@ -40,7 +42,7 @@ log = logging.getLogger("controller")
 def main() -> None:
     if sys.argv[1:2] == ["keys"]:
         raise SystemExit(keys_command.main(sys.argv[2:]))
-    settings = process.parse(ControllerSettings)
+    settings = parse(ControllerSettings)
     gc.collect()
     gc.freeze()  # modules stay: a full collection that walks them stalls every stream for 70 ms
     process.run(lambda stop: serve(settings, stop))
@@ -124,7 +126,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     ring = await access.prepare(settings, intake.resolve)
     sock = process.bind(settings.host, settings.port)
     scheme = "http" if settings.tls is None else "https"
-    address = settings.own_address or process.address_of(sock, scheme=scheme)
+    address = settings.own_address or address_of(sock, scheme=scheme)
     controller_id = f"controller-{sock.getsockname()[1]}"
     tracer = await tracing.connect(
         settings.otlp_endpoint, service="tandem-controller", instance=controller_id
@@ -133,7 +135,7 @@ async def serve(settings: ControllerSettings, stop: process.StopSignal) -> int:
     app = access.guarded(create_app(controller), settings, ring, controller.serving.accounts)
     server = process.Server(app, sock, grace_s=settings.drain_timeout_s, tls=settings.tls)
     await server.start()
-    log.info("listening", extra={"address": process.bare(address)})
+    log.info("listening", extra={"address": bare(address)})
     memberships = [
         Membership(upstairs, address, controller.status, token=settings.cluster_token)
         for upstairs in settings.register_at

@@ -15,7 +15,7 @@ from controller.accounts import Accounts
 from controller.callers import KeyRing
 from controller.gate import Gate
 from controller.settings import ControllerSettings
-from transport.process import usage_error
+from transport.exits import usage_error
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from controller import keys
 from controller.keys import DEFAULT_FILE, KeyFile, KeyFileError
-from transport.process import EXIT_USAGE
+from transport.exits import EXIT_USAGE
 
 FILE_VARIABLE = "TANDEM_API_KEY_FILE"
 

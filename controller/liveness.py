@@ -21,9 +21,9 @@ from protocol.messages import (
     WorkerStatus,
 )
 from transport import tripwire
+from transport.addresses import bare, check_address
 from transport.client import Unreachable
 from transport.credentials import TOKEN_VARIABLE
-from transport.process import bare, check_address
 
 _LISTENS_S = 0.5  # between two looks whether a worker that registered listens; its lease ends it
 _REWATCH_S = 1.0  # pause before a tripwire is stretched again to a worker that is well

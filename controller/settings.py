@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import ProcessSettings, Several, check_address
+from transport.addresses import check_address
+from transport.settings import ProcessSettings, Several
 from transport.tls import Tls
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 from anyio import move_on_after, to_thread
 
 from protocol.version import VERSION
-from transport.process import usage_error
+from transport.exits import usage_error
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider

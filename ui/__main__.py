@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transport import process
+from transport.addresses import address_of
+from transport.exits import usage_error
+from transport.settings import parse
 from ui.settings import UiSettings, default_data_dir
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ def main() -> None:
     if sys.argv[1:2] == ["export"]:
         _export(sys.argv[2:])
         return
-    settings = process.parse(UiSettings)
+    settings = parse(UiSettings)
     # Before Gradio is imported: nothing is sent to anyone, and uploads stay in our folder.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -50,7 +53,7 @@ def main() -> None:
         try:
             import gradio  # noqa: F401  (seconds of work, so not within the loop)
         except ImportError:
-            process.usage_error("The page needs Gradio: pip install 'tandem[ui]'.")
+            usage_error("The page needs Gradio: pip install 'tandem[ui]'.")
         gc.collect()
         gc.freeze()
         process.run(lambda stop: serve(settings, database, sock, uploads, stop))
@@ -65,7 +68,7 @@ def _export(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     folder = args.data_dir or Path(os.environ.get("TANDEM_DATA_DIR") or default_data_dir())
     if not (folder / DATABASE).exists():
-        process.usage_error(f"There is no {DATABASE} in {folder}; name its folder with --data-dir.")
+        usage_error(f"There is no {DATABASE} in {folder}; name its folder with --data-dir.")
     with closing(_open(folder)) as database:
         if args.out is None:
             export.feedback(database, sys.stdout)
@@ -81,7 +84,7 @@ def _open(folder: Path) -> Database:
     try:
         return Database(folder / DATABASE)
     except (OSError, sqlite3.Error) as exc:
-        process.usage_error(f"--data-dir {folder} cannot be used: {exc}.")
+        usage_error(f"--data-dir {folder} cannot be used: {exc}.")
 
 
 async def serve(
@@ -99,7 +102,7 @@ async def serve(
     from ui.store import Store
     from ui.watch import Watch
 
-    address = process.address_of(sock)
+    address = address_of(sock)
     controller = Controller(settings.controller_address, token=settings.token)
     store = Store(database)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import ProcessSettings, Several, check_address
+from transport.addresses import check_address
+from transport.settings import ProcessSettings, Several
 
 
 def default_data_dir() -> Path:

@@ -10,7 +10,9 @@ from typing import NoReturn, Protocol
 
 from protocol.errors import TandemError
 from transport import process, tracing
+from transport.addresses import address_of, bare
 from transport.credentials import Guard, is_loopback
+from transport.exits import EXIT_ENGINE_DIED, EXIT_START_FAILED
 from transport.membership import Membership
 from workers.engine import Engine
 from workers.server import create_app
@@ -38,7 +40,7 @@ class _Worker:
         self._settings = settings
         self._engine = engine
         self._sock = process.bind(settings.host, settings.port, first_free=FIRST_PORT)
-        self._address = settings.worker_address or process.address_of(self._sock)
+        self._address = settings.worker_address or address_of(self._sock)
         self._shell = Shell(engine, engine.kind, self._worker_id(), settings, self._announce)
         addresses = () if settings.no_register else settings.controller_address
         self._memberships = [
@@ -69,7 +71,7 @@ class _Worker:
         app = Guard(create_app(self._shell), settings.cluster_token, local=settings.local)
         server = process.Server(app, self._sock, grace_s=1)
         await server.start()
-        address = process.bare(self._address)
+        address = bare(self._address)
         log.info("listening", extra={"address": address, "kind": self._engine.kind})
         tasks = [asyncio.create_task(m.run()) for m in self._memberships]
         try:
@@ -93,7 +95,7 @@ class _Worker:
             await process.first_of(self._load(), stop.wait())
         except TandemError as error:
             log.error("could not start: %s %s", error.message, error.remedy)
-            return process.EXIT_START_FAILED
+            return EXIT_START_FAILED
         if stop.given:
             return 0
         self._shell.ready()
@@ -104,7 +106,7 @@ class _Worker:
             self._shell.leave(error)
             # The streams that ran end by themselves now, with the engine's error.
             await process.first_of(self._shell.idle(), asyncio.sleep(1))
-            return process.EXIT_ENGINE_DIED
+            return EXIT_ENGINE_DIED
         self._shell.leave()
         with suppress(TimeoutError):
             async with asyncio.timeout(1):

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from protocol.messages import ADAPTER_NAME, BASE
-from transport.process import ProcessSettings, Several, check_address
+from transport.addresses import check_address
+from transport.settings import ProcessSettings, Several
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "pocket-llava"
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from tests.cluster.conftest import Cluster, Running
 from tests.pictures import encoded, picture
 from transport import process
+from transport.addresses import address_of
 
 CHAT = "/v1/chat/completions"
 PNG = base64.b64decode(encoded(picture()))
@@ -68,7 +69,7 @@ class Site:
 async def site() -> AsyncIterator[Site]:
     site = Site()
     sock = process.bind("127.0.0.1", 0)
-    site.address = process.address_of(sock)
+    site.address = address_of(sock)
     server = process.Server(site.app, sock, grace_s=1)
     await server.start()
     try:

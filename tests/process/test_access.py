@@ -13,7 +13,7 @@ import pytest
 
 from tests import certificate
 from tests.processes import ROOT, running, until
-from transport.process import EXIT_USAGE
+from transport.exits import EXIT_USAGE
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -14,7 +14,7 @@ from protocol.messages import WorkerStatus
 from tests.pictures import encoded, picture
 from tests.processes import ROOT, running
 from tests.streams import ask, user
-from transport.process import EXIT_START_FAILED, EXIT_USAGE
+from transport.exits import EXIT_START_FAILED, EXIT_USAGE
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -14,7 +14,7 @@ import pytest
 from protocol.events import Failed
 from tests.processes import ROOT, Process, running, until, wait_workers, workers_of
 from tests.streams import ask, refusal, streaming
-from transport.process import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
+from transport.exits import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -15,7 +15,7 @@ from tests.contract.conftest import START_TIMEOUT_S
 from tests.process.test_processes import call
 from tests.processes import running, until
 from tests.streams import streaming, user
-from transport.process import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
+from transport.exits import EXIT_ENGINE_DIED, EXIT_START_FAILED, EXIT_USAGE
 
 pytestmark = pytest.mark.timeout(START_TIMEOUT_S + 60)
 

@@ -12,7 +12,7 @@ from controller.settings import ControllerSettings
 from models.pocket import talk
 from protocol.errors import ERRORS
 from tests.rules.repository import ROOT
-from transport.process import ProcessSettings
+from transport.settings import ProcessSettings
 from workers.hf.settings import HfSettings
 from workers.settings import WorkerSettings
 from workers.sglang.settings import SglangSettings

@@ -13,7 +13,8 @@ import pytest
 from controller import access
 from controller.settings import ControllerSettings
 from tests import certificate
-from transport.process import ProcessSettings, bare, check_address, parse
+from transport.addresses import bare, check_address
+from transport.settings import ProcessSettings, parse
 from workers.echo.settings import EchoSettings
 
 TOKEN = "the-token-of-this-cluster"

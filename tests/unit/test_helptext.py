@@ -7,7 +7,7 @@ import re
 import pytest
 
 from controller.settings import ControllerSettings
-from transport.process import ProcessSettings, parse
+from transport.settings import ProcessSettings, parse
 from ui.settings import UiSettings
 from workers.echo.settings import EchoSettings
 from workers.hf.settings import HfSettings

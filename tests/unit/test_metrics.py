@@ -16,7 +16,7 @@ from controller.registry import Registry
 from protocol.messages import WorkerStatus
 from protocol.version import VERSION
 from transport.metrics import GAPS, Exposition, Histograms
-from transport.process import ProcessSettings
+from transport.settings import ProcessSettings
 from transport.tracing import traces_url
 
 

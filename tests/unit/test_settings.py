@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from controller.settings import ControllerSettings
-from transport.process import parse
+from transport.settings import parse
 from workers.echo.settings import EchoSettings
 from workers.settings import WorkerSettings
 

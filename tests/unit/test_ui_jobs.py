@@ -17,6 +17,7 @@ from starlette.routing import Route
 from protocol.errors import Overloaded, UpstreamLost
 from protocol.events import Delta, Event, Failed, Finished, encode_sse
 from transport import process
+from transport.addresses import address_of
 from ui.client import Controller, ControllerAway
 from ui.jobs import FRAME_S, Job, Jobs
 from ui.model import Answer, Settings
@@ -92,7 +93,7 @@ async def served(stage: Stage) -> AsyncIterator[Controller]:
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setblocking(False)
     server = process.Server(stage.app(), sock, grace_s=1)
-    controller = Controller(process.address_of(sock))
+    controller = Controller(address_of(sock))
     await server.start()
     stage.kill = server.kill
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from transport.process import parse
+from transport.settings import parse
 from ui.settings import UiSettings, default_data_dir
 
 

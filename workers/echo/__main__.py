@@ -4,7 +4,7 @@ It repeats what it is sent. Use it to try the controller or to measure what it c
 that mean something start ``workers.hf`` or ``workers.sglang``.
 """
 
-from transport.process import parse
+from transport.settings import parse
 from workers.echo.engine import EchoEngine
 from workers.echo.settings import EchoSettings
 from workers.runner import run_worker

@@ -15,7 +15,7 @@ threads of one computation on a CPU. Requests decode together; docs/hf-worker.md
 
 from __future__ import annotations
 
-from transport.process import parse
+from transport.settings import parse
 from workers.hf.engine import HfEngine
 from workers.hf.settings import HfSettings
 from workers.runner import run_worker

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 
-from transport.process import parse
+from transport.settings import parse
 from workers.runner import run_worker
 from workers.sglang.engine import SglangEngine
 from workers.sglang.part import run_part

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from protocol.errors import TandemError
 from transport import process
+from transport.exits import EXIT_ENGINE_DIED, EXIT_START_FAILED
 from workers.sglang.engine import SglangEngine
 from workers.sglang.settings import SglangSettings
 
@@ -31,7 +32,7 @@ async def _run(settings: SglangSettings, engine: SglangEngine, stop: process.Sto
             await process.first_of(engine.start_part(log.info), stop.wait())
         except TandemError as error:
             log.error("could not start: %s %s", error.message, error.remedy)
-            return process.EXIT_START_FAILED
+            return EXIT_START_FAILED
         if stop.given:
             return 0
         log.info("serving as %s", where)
@@ -39,7 +40,7 @@ async def _run(settings: SglangSettings, engine: SglangEngine, stop: process.Sto
             await process.first_of(engine.part_ended(), stop.wait())
         except TandemError as error:
             log.error("%s has ended: %s", where, error.message)
-            return process.EXIT_ENGINE_DIED
+            return EXIT_ENGINE_DIED
         log.info("waiting for machine 0 to end")
         with suppress(TandemError):
             await process.first_of(

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import CliSuppress, SettingsConfigDict
 
-from transport.process import check_address
+from transport.addresses import check_address
 from workers.settings import CheckpointSettings
 
 
