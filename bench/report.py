@@ -167,11 +167,11 @@ def _cells(found: Found) -> Iterable[str]:
         groups.setdefault((cell["workload"], cell["mode"]), []).append(cell)
     for (workload, mode), cells in sorted(groups.items()):
         what = found["workloads"].get(workload, {})
-        told = f": {what['what']}; can be reused: {what['shares']}" if what else ""
+        told = f"{what['what']}; can be reused: {what['shares']}" if what else ""
         rows = [_row(found, cell) for cell in cells]
         table = _table(_COLUMNS, rows, escape_heads=False, kind="wide cells")
         head = f"<h3>{_safe(workload)}, {LOOPS[mode]}</h3>"
-        yield f'{head}<p class="what">{_safe(told[2:])}</p>{table}'
+        yield f'{head}<p class="what">{_safe(told)}</p>{table}'
 
 
 def _row(found: Found, cell: Found) -> Sequence[str]:

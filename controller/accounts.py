@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 WORKER_HEADER = b"x-tandem-worker"
 KIND_HEADER = b"x-tandem-kind"
-"""Of an answer: the worker that gave its first token; several choices may name several."""
+"""Of an answer: the worker that gave its first token, and its kind; several choices may name
+several."""
 
 _ENDED_REMEDY = "Ask while it waits or runs; the log has a line of each that has ended."
 

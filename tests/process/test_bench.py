@@ -1,4 +1,4 @@
-"""`python -m bench` as a person meets it: over echo workers, in seconds."""
+"""`python -m bench` as a person meets it: over echo workers in seconds, and over real engines."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import pytest
 from tests.processes import ROOT, running, until, wait_workers
 
 pytestmark = pytest.mark.timeout(120)
+ENGINES_S = 300
 
 SMALL = (
     *("--questions", "4", "--rounds", "2", "--requests", "4", "--waves", "1"),
@@ -25,13 +26,13 @@ SMALL = (
 )
 
 
-def bench(*args: object) -> subprocess.CompletedProcess[str]:
+def bench(*args: object, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bench", *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -217,3 +218,54 @@ def test_overhead_of_a_few_streams(tmp_path: Path) -> None:
         assert 0 < cpu_us < 100_000
         assert level["flat_out"]["direct"]["answered"] == 256
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+# ---------------------------------------------------------------- real engines
+
+
+@pytest.mark.timeout(ENGINES_S + 20)
+def test_both_backends_give_the_same_and_right_answers(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    done = bench(
+        *("compare", "--kinds", "hf-unbatched", "sglang", "--workloads", "chat", "--levels", 4),
+        *("--questions", 20, "--rounds", 1, "--requests", 8, "--rates"),
+        *("--out", out),
+        timeout_s=ENGINES_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(out)
+    assert "chat, closed loop" in done.stdout
+    parity = found["parity"]["targets"]
+    assert parity["sglang"]["equal"] == 1.0
+    for told in parity.values():
+        assert told["answered"] == 20
+        assert told["right"] >= 0.9
+    cells = {cell["target"]: cell["summary"] for cell in found["cells"]}
+    assert set(cells) == {"hf-unbatched", "sglang"}
+    for summary in cells.values():
+        assert summary["refused"] == summary["failed"] == {}
+        assert summary["answered"] == summary["requests"]
+        assert summary["output_tokens_per_s"]["median"] > 0
+    assert cells["sglang"]["cached_share"]["median"] > 0.2
+    assert cells["hf-unbatched"]["cached_share"]["median"] == 0
+    assert {"scheduler", "detokenizer"} <= set(cells["sglang"]["rss_bytes"])
+    assert "<h1>hf-unbatched against sglang</h1>" in out.with_suffix(".html").read_text()
+
+
+@pytest.mark.timeout(ENGINES_S + 20)
+def test_cross_check_against_sglangs_own_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    done = bench(
+        *("cross-check", "--requests", 6, "--users", 2, "--tokens", 8, "--rounds", 1),
+        *("--out", out),
+        timeout_s=ENGINES_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = results(out)
+    assert "sglang.benchmark.serving" in done.stdout
+    for side in ("ours", "theirs"):
+        (one,) = found["rounds"][side]
+        assert one["answered"] == 6
+        assert one["output_tokens"] == 6 * 8
+        assert 0 < one["ttft_s"] <= one["duration_s"]
+    assert set(found["difference"]) >= {"output_tokens_per_s", "ttft_s"}

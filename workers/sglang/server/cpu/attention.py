@@ -10,8 +10,9 @@ What is rare, cross-attention and sliding windows, stays with SGLang's code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from workers.sglang.server import imports
@@ -20,9 +21,16 @@ from workers.sglang.server.hooks import wrap
 MODULE = "sglang.srt.layers.attention.torch_native_backend"
 
 _POOL = ("query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens")
-_HOW = ("encoder_lens", "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size")
-DECODE = ("self", *_POOL, *_HOW)
-EXTEND = ("self", *_POOL, "extend_prefix_lens", "extend_seq_lens", *_HOW)
+_DEFAULTS = {
+    "encoder_lens": None,
+    "scaling": None,
+    "enable_gqa": False,
+    "causal": False,
+    "is_cross_attn": False,
+    "sliding_window_size": None,
+}
+DECODE = ("self", *_POOL, *_DEFAULTS)
+EXTEND = ("self", *_POOL, "extend_prefix_lens", "extend_seq_lens", *_DEFAULTS)
 
 
 def install() -> None:
@@ -37,13 +45,28 @@ def adapt(module: ModuleType) -> None:
         ChangedError: it has changed.
     """
     backend = module.TorchNativeAttnBackend
-    wrap(backend, "_run_sdpa_forward_decode", DECODE, _decoding)
-    wrap(backend, "_run_sdpa_forward_extend", EXTEND, _extending)
+    wrap(backend, "_run_sdpa_forward_decode", DECODE, partial(_unless_rare, DECODE, _decode_batch))
+    wrap(backend, "_run_sdpa_forward_extend", EXTEND, partial(_unless_rare, EXTEND, _extend_batch))
 
 
-def _usual(encoder_lens: Any, is_cross_attn: bool, window: int | None) -> bool:
-    """Whether each token sees all of its request before it, and nothing else."""
-    return encoder_lens is None and not is_cross_attn and (window is None or window < 0)
+def _unless_rare(
+    names: Sequence[str], compute: Callable[[Any], None], one_by_one: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``compute`` with the arguments called ``names``, where a token sees all of its request up to
+    itself and nothing else; ``one_by_one`` for the rest."""
+
+    def attend(*args: Any, **named: Any) -> Any:
+        given = SimpleNamespace(**_DEFAULTS | dict(zip(names, args, strict=False)) | named)
+        window = given.sliding_window_size
+        windowed = window is not None and window >= 0
+        other = given.encoder_lens is not None or given.is_cross_attn
+        both_ways = names is EXTEND and not given.causal  # a decoded token is the last anyway
+        if windowed or other or both_ways:
+            return one_by_one(*args, **named)
+        compute(given)
+        return given.output
+
+    return attend
 
 
 def of_like_length(lengths: Iterable[int]) -> list[list[int]]:
@@ -120,82 +143,34 @@ def extend(
     )[0].transpose(0, 1)
 
 
-def _decoding(one_by_one: Callable[..., Any]) -> Callable[..., Any]:
-    def decode_batch(
-        self: Any,
-        query: Any,
-        output: Any,
-        k_cache: Any,
-        v_cache: Any,
-        req_to_token: Any,
-        req_pool_indices: Any,
-        seq_lens: Any,
-        encoder_lens: Any = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
-    ) -> Any:
-        pool = (k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
-        how: dict[str, Any] = {"scaling": scaling, "enable_gqa": enable_gqa}
-        if not _usual(encoder_lens, is_cross_attn, sliding_window_size):
-            return one_by_one(
-                *(self, query, output, *pool, encoder_lens),
-                **how,
-                causal=causal,
-                is_cross_attn=is_cross_attn,
-                sliding_window_size=sliding_window_size,
-            )
-        lengths = seq_lens.tolist()
-        groups = of_like_length(lengths)
-        for places in groups:
-            rows = slice(None) if len(groups) == 1 else places
-            longest = max(lengths[place] for place in places)
-            slots = req_to_token[req_pool_indices[rows], :longest]
-            output[rows] = decode(query[rows], k_cache, v_cache, slots, seq_lens[rows], **how)
-        return output
-
-    return decode_batch
+def _decode_batch(given: Any) -> None:
+    lengths = given.seq_lens.tolist()
+    groups = of_like_length(lengths)
+    for places in groups:
+        rows = slice(None) if len(groups) == 1 else places
+        longest = max(lengths[place] for place in places)
+        given.output[rows] = decode(
+            given.query[rows],
+            given.k_cache,
+            given.v_cache,
+            given.req_to_token[given.req_pool_indices[rows], :longest],
+            given.seq_lens[rows],
+            scaling=given.scaling,
+            enable_gqa=given.enable_gqa,
+        )
 
 
-def _extending(one_by_one: Callable[..., Any]) -> Callable[..., Any]:
-    def extend_batch(
-        self: Any,
-        query: Any,
-        output: Any,
-        k_cache: Any,
-        v_cache: Any,
-        req_to_token: Any,
-        req_pool_indices: Any,
-        seq_lens: Any,
-        extend_prefix_lens: Any,
-        extend_seq_lens: Any,
-        encoder_lens: Any = None,
-        scaling: float | None = None,
-        enable_gqa: bool = False,
-        causal: bool = False,
-        is_cross_attn: bool = False,
-        sliding_window_size: int | None = None,
-    ) -> Any:
-        how: dict[str, Any] = {"scaling": scaling, "enable_gqa": enable_gqa}
-        if not causal or not _usual(encoder_lens, is_cross_attn, sliding_window_size):
-            pool = (k_cache, v_cache, req_to_token, req_pool_indices, seq_lens)
-            return one_by_one(
-                *(self, query, output, *pool, extend_prefix_lens, extend_seq_lens, encoder_lens),
-                **how,
-                causal=causal,
-                is_cross_attn=is_cross_attn,
-                sliding_window_size=sliding_window_size,
-            )
-        begin = 0
-        for index, length, new in zip(
-            req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True
-        ):
-            rows = slice(begin, begin + new)
-            slots = req_to_token[index, :length]
-            output[rows] = extend(query[rows], k_cache, v_cache, slots, **how)
-            begin += new
-        return output
-
-    return extend_batch
+def _extend_batch(given: Any) -> None:
+    begin = 0
+    requests = (given.req_pool_indices, given.seq_lens, given.extend_seq_lens)
+    for index, length, new in zip(*(numbers.tolist() for numbers in requests), strict=True):
+        rows = slice(begin, begin + new)
+        given.output[rows] = extend(
+            given.query[rows],
+            given.k_cache,
+            given.v_cache,
+            given.req_to_token[index, :length],
+            scaling=given.scaling,
+            enable_gqa=given.enable_gqa,
+        )
+        begin += new
